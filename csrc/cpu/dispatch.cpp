@@ -1,0 +1,97 @@
+// Chooses the instruction set at run time and forwards each operation to its kernel.
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+#include "fastpie/disagreement.h"
+#include "fastpie/null.h"
+#include "isa.h"
+
+namespace fastpie::cpu {
+
+#define FASTPIE_DECLARE_KERNELS(isa)                              \
+  namespace isa {                                                 \
+  Status null(const NullArgs& args, int threads);                 \
+  Status disagreement(const DisagreementArgs& args, int threads); \
+  }
+FASTPIE_DECLARE_KERNELS(baseline)
+#ifdef FASTPIE_X86_KERNELS
+FASTPIE_DECLARE_KERNELS(avx2)
+FASTPIE_DECLARE_KERNELS(avx512)
+#define FASTPIE_KERNEL_TABLE(name) {&baseline::name, &avx2::name, &avx512::name}
+#else
+#define FASTPIE_KERNEL_TABLE(name) {&baseline::name, nullptr, nullptr}
+#endif
+
+namespace {
+
+template <typename Args>
+Status run(Status (*const (&table)[kIsaCount])(const Args&, int), const Args& args, int threads) {
+  Isa isa;
+  const Status status = active_isa(&isa);
+  return status.ok() ? table[static_cast<int>(isa)](args, threads) : status;
+}
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  static const char* const names[kIsaCount] = {"baseline", "avx2", "avx512"};
+  return names[static_cast<int>(isa)];
+}
+
+bool isa_compiled(Isa isa) {
+#ifdef FASTPIE_X86_KERNELS
+  (void)isa;
+  return true;
+#else
+  return isa == Isa::kBaseline;
+#endif
+}
+
+bool isa_supported(Isa isa) {
+  if (isa == Isa::kBaseline) return true;
+#ifdef FASTPIE_X86_KERNELS
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (isa == Isa::kAvx2) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+Status active_isa(Isa* isa) {
+  const char* wanted = std::getenv("FASTPIE_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') {
+    for (const Isa candidate : {Isa::kAvx512, Isa::kAvx2, Isa::kBaseline}) {
+      if (!isa_compiled(candidate) || !isa_supported(candidate)) continue;
+      *isa = candidate;
+      return {};
+    }
+  }
+  if (std::strcmp(wanted, "default") == 0) wanted = "baseline";
+  for (const Isa candidate : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+    if (std::strcmp(wanted, isa_name(candidate)) != 0) continue;
+    if (!isa_compiled(candidate) || !isa_supported(candidate)) {
+      return {
+          "FASTPIE_CPU_CAPABILITY names an instruction set that this processor or this build does "
+          "not have; unset it, or see `fastpie doctor` for those that it has"};
+    }
+    *isa = candidate;
+    return {};
+  }
+  return {"Expected FASTPIE_CPU_CAPABILITY to be one of baseline, default, avx2, avx512"};
+}
+
+Status null(const NullArgs& args, int threads) {
+  static constexpr Status (*const kTable[])(const NullArgs&, int) = FASTPIE_KERNEL_TABLE(null);
+  return run(kTable, args, threads);
+}
+
+Status disagreement(const DisagreementArgs& args, int threads) {
+  static constexpr Status (*const kTable[])(const DisagreementArgs&, int) =
+      FASTPIE_KERNEL_TABLE(disagreement);
+  return run(kTable, args, threads);
+}
+
+}  // namespace fastpie::cpu

@@ -1,0 +1,10 @@
+"""torch.library operators over the native kernels, each beside a readable twin.
+
+One file holds one operator: schema, implementations, fake kernel and autograd. The twins are in
+`reference.py`. How to add one: CONTRIBUTING.md, "A new operation".
+"""
+
+from fastpie.ops.disagreement import disagreement
+from fastpie.ops.null import null
+
+__all__ = ["disagreement", "null"]

@@ -1,0 +1,139 @@
+"""A readable twin of every kernel: plain PyTorch, slow and obvious.
+
+The twins are the oracle of the tests and the implementation on devices that no kernel of ours
+serves. Nothing here is tuned.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["disagreement", "null"]
+
+
+def null(input: Tensor) -> Tensor:
+    """Copy a tensor."""
+    return input.clone(memory_format=torch.contiguous_format)
+
+
+def disagreement(
+    dense: Tensor,  # [N, C]
+    pruned: Tensor,  # [L, N, C]
+    labels: Tensor | None,  # multiclass: int64 [N]; multilabel: [N, C] of 1, 0 or NaN
+    task: str,
+) -> Tensor:  # [11, L, N], the rows of fastpie.ops.disagreement.SCORES
+    """Scores of `csrc/include/fastpie/disagreement.h`, computed in fp64.
+
+    Sources: KL and Jensen-Shannon divergence in nats (Lin, 1991, Divergence measures based on the
+    Shannon entropy); Spearman's rho as Pearson's correlation of average ranks; drift as the
+    distance of L2-normalised vectors (PreFIQs, arXiv 2605.13396).
+
+    Returns:
+        fp32 (fp64 for fp64 logits) on the device of the inputs.
+    """
+    result_dtype = torch.float64 if dense.dtype is torch.float64 else torch.float32
+    z = dense.double().expand(pruned.shape)
+    y = pruned.double()
+    bad = _unusable(z, task) | _unusable(y, task)
+
+    if task == "multiclass":
+        log_p, log_q = functional.log_softmax(z, -1), functional.log_softmax(y, -1)
+        js, kl, kl_reverse = _divergences(log_p.exp(), log_p, log_q.exp(), log_q)
+        flip = z.argmax(-1) != y.argmax(-1) if z.numel() else torch.zeros_like(bad)
+    else:
+        js = kl = kl_reverse = torch.zeros((), dtype=torch.float64, device=z.device)
+        for sign in (1, -1):  # the class is there; it is not
+            log_p, log_q = functional.logsigmoid(sign * z), functional.logsigmoid(sign * y)
+            p, q = torch.sigmoid(sign * z), torch.sigmoid(sign * y)
+            parts = _divergences(p, log_p, q, log_q)
+            js, kl, kl_reverse = js + parts[0], kl + parts[1], kl_reverse + parts[2]
+        classes = z.shape[-1]
+        js, kl, kl_reverse = js / classes, kl / classes, kl_reverse / classes
+        flip = ((z > 0) != (y > 0)).any(-1)
+
+    rank_z, rank_y = _centred_ranks(z), _centred_ranks(y)
+    covariance = (rank_z * rank_y).sum(-1)
+    spearman = covariance / (rank_z.square().sum(-1) * rank_y.square().sum(-1)).sqrt()
+
+    difference = functional.normalize(z, dim=-1) - functional.normalize(y, dim=-1)
+    drift = torch.linalg.vector_norm(difference, dim=-1)
+
+    margin_dense, margin_pruned = _margin(z, labels, task), _margin(y, labels, task)
+    loss_dense, loss_pruned = _loss(z, labels, task), _loss(y, labels, task)
+    scores = [js.clamp(min=0), kl.clamp(min=0), kl_reverse.clamp(min=0), spearman]
+    scores += [flip.double(), margin_dense, margin_pruned, drift]
+    scores += [loss_dense, loss_pruned, loss_pruned - loss_dense]
+    out = torch.stack(scores)
+    out = torch.where(bad, torch.nan, out)
+    out = torch.cat([out[:4], torch.where(bad, 0.0, out[4:5]), out[5:]])  # flip is never NaN
+    return out.to(result_dtype)
+
+
+def _unusable(z: Tensor, task: str) -> Tensor:
+    """Rows with NaN or +inf; with softmax also rows of nothing but -inf."""
+    bad = (z.isnan() | (z == torch.inf)).any(-1)
+    return bad | (z == -torch.inf).all(-1) if task == "multiclass" else bad
+
+
+def _divergences(
+    p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Jensen-Shannon, KL(p || q) and KL(q || p), summed over the last dimension; 0 log 0 = 0."""
+    m = (p + q) / 2
+
+    def relative(a: Tensor, log_ratio: Tensor) -> Tensor:
+        return (a * torch.where(a > 0, log_ratio, 0.0)).sum(-1)
+
+    # p / m and not log p - log m: the ratio of equal numbers is exactly 1.
+    ratio_p, ratio_q = (torch.where(a > 0, a / m.clamp(min=1e-300), 1.0) for a in (p, q))
+    js = (relative(p, ratio_p.log()) + relative(q, ratio_q.log())) / 2
+    return js, relative(p, log_p - log_q), relative(q, log_q - log_p)
+
+
+def _centred_ranks(z: Tensor) -> Tensor:
+    """Average ranks, doubled and centred: (#less + #not greater) - C, exact integers."""
+    z = z.detach().contiguous()
+    z = torch.where(z.isnan(), 0.0, z)  # such rows become NaN later
+    ordered = z.sort(-1).values
+    less = torch.searchsorted(ordered, z, right=False)
+    not_greater = torch.searchsorted(ordered, z, right=True)
+    return (less + not_greater - z.shape[-1]).double()
+
+
+def _margin(z: Tensor, labels: Tensor | None, task: str) -> Tensor:
+    classes = z.shape[-1]
+    if task == "multilabel" and labels is not None:
+        known = ~labels.isnan()
+        positive, negative = (labels > 0.5) & known, (labels <= 0.5) & known
+        lowest = torch.where(positive, z, torch.inf).amin(-1)
+        highest = torch.where(negative, z, -torch.inf).amax(-1)
+        # The decision threshold, 0, stands in for a side that the row does not have.
+        lowest = torch.where(positive.any(-1), lowest, 0.0)
+        highest = torch.where(negative.any(-1), highest, 0.0)
+        return torch.where(known.any(-1), lowest - highest, torch.nan)
+    if classes == 1:
+        return torch.full(z.shape[:-1], torch.nan, dtype=z.dtype, device=z.device)
+    if labels is None:
+        top = z.topk(2, -1).values
+        return top[..., 0] - top[..., 1]
+    valid = (labels >= 0) & (labels < classes)
+    index = torch.where(valid, labels, 0).expand(z.shape[:-1]).unsqueeze(-1)
+    of_label = z.gather(-1, index).squeeze(-1)
+    best_other = z.scatter(-1, index, -torch.inf).amax(-1)
+    return torch.where(valid, of_label - best_other, torch.nan)
+
+
+def _loss(z: Tensor, labels: Tensor | None, task: str) -> Tensor:
+    if labels is None:
+        return torch.full(z.shape[:-1], torch.nan, dtype=z.dtype, device=z.device)
+    if task == "multilabel":
+        known = ~labels.isnan()
+        signed = torch.where(labels > 0.5, z, -z)
+        loss = torch.where(known, -functional.logsigmoid(signed), 0.0)
+        return loss.sum(-1) / known.sum(-1)  # 0 / 0 = NaN where nothing is known
+    valid = (labels >= 0) & (labels < z.shape[-1])
+    index = torch.where(valid, labels, 0).expand(z.shape[:-1]).unsqueeze(-1)
+    loss = -functional.log_softmax(z, -1).gather(-1, index).squeeze(-1)
+    return torch.where(valid, loss, torch.nan)
