@@ -15,7 +15,14 @@ from torch import Tensor
 from fastpie import _C
 from fastpie.errors import FastpieError
 
-__all__ = ["call", "cuda_stream", "cuda_unusable_reason", "library", "triton_kernels", "triton_unusable_reason"]
+__all__ = [
+    "call",
+    "cuda_stream",
+    "cuda_unusable_reason",
+    "library",
+    "triton_kernels",
+    "triton_unusable_reason",
+]
 
 library = torch.library.Library("fastpie", "DEF")
 """The torch.library namespace `torch.ops.fastpie` that every operator is defined in."""

@@ -89,7 +89,9 @@ def _check(dense: Tensor, pruned: Tensor, labels: Tensor | None, task: str) -> N
         )
     devices = {t.device for t in (dense, pruned, labels) if t is not None}
     if len(devices) > 1:
-        raise FastpieError(f"Expected all tensors on one device, but got {sorted(map(str, devices))}.")
+        raise FastpieError(
+            f"Expected all tensors on one device, but got {sorted(map(str, devices))}."
+        )
     if labels is None:
         return
     if task == "multiclass" and (labels.dtype is not torch.int64 or labels.shape != (rows,)):

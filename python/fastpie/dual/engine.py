@@ -1,0 +1,161 @@
+"""`DualEngine`: a frozen dual forward.
+
+This version has one backend, "reference": the two passes of DualModel over a snapshot of the
+weights. The fast backends take its place behind the same interface.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from fastpie.dual.inputs import as_arguments, batch_size
+from fastpie.dual.output import DualOutput, Features
+from fastpie.errors import FastpieError
+from fastpie.pruning.masks import Masks
+
+if TYPE_CHECKING:
+    from fastpie.dual.model import DualModel
+
+__all__ = ["DualEngine"]
+
+BACKENDS = ("auto", "reference")
+PRECISIONS = ("fp32", "bf16")
+
+# Largest deviation from DualModel that is handed out, relative to the largest output. bf16 keeps
+# eight bits of each product; 0.1 lets a deep network pass and a wrong weight not.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
+
+
+class DualEngine:
+    """Both models on inputs of one kind, eval mode, from a snapshot of weights and masks.
+
+    Made by `DualModel.compile`. Outputs are fresh tensors without gradient. Any batch up to the
+    compiled one is taken; later changes of the model do not show until `refresh`.
+
+    Attributes:
+        backend: "reference".
+        precision: "fp32" or "bf16".
+        batch: the largest batch size, that of the example.
+    """
+
+    def __init__(
+        self, dual: DualModel, x: Any, *, precision: str = "fp32", backend: str = "auto"
+    ) -> None:
+        """See `DualModel.compile`."""
+        if backend not in BACKENDS:
+            raise FastpieError(
+                f"Expected `backend` to be one of {BACKENDS} (the others come with the compiled "
+                f"engines), but got {backend!r}."
+            )
+        if precision not in PRECISIONS:
+            raise FastpieError(
+                f"Expected `precision` to be one of {PRECISIONS}, but got {precision!r}."
+            )
+        self.backend = "reference"
+        self.precision = precision
+        self._source = dual
+        self._example = as_arguments(x)
+        self.batch = batch_size(self._example)
+        self.refresh()
+
+    def refresh(self, masks: Masks | None = None) -> None:
+        """Take a new snapshot of the weights and statistics, and of `masks` where given.
+
+        Raises:
+            FastpieError: if the masks are another model's or have other levels, or the new
+                snapshot does not give what the model gives on the example.
+        """
+        if masks is not None:
+            self._source.masks = masks
+        self._dual = copy.deepcopy(self._source).eval().requires_grad_(False)
+        self._states = [self._dual.pruned_state(i) for i in range(len(self._dual.sparsities))]
+        self._check()
+
+    def __call__(self, *args: Any) -> DualOutput:
+        """Both models on a batch of at most the compiled size.
+
+        Args:
+            *args: the model's positional inputs, like the example's.
+
+        Returns:
+            DualOutput, as the DualModel gives it in eval mode.
+
+        Raises:
+            FastpieError: for a larger batch, or another number of inputs.
+        """
+        if len(args) != len(self._example):
+            raise FastpieError(
+                f"Expected {len(self._example)} inputs, as the example had, but got {len(args)}."
+            )
+        if batch_size(args) > self.batch:
+            raise FastpieError(
+                f"Expected a batch of at most {self.batch}, the compiled size, but got "
+                f"{batch_size(args)}."
+            )
+        return self._run(args)[0]
+
+    def report(self) -> list[dict[str, Any]]:
+        """What runs and how long it takes, measured now on the example.
+
+        Returns:
+            One row for each pass: layer, kernel chosen, seconds, and what it was chosen over.
+        """
+        self._run(self._example)  # warm up
+        seconds = self._run(self._example)[1]
+        names = ["dense"] + [f"pruned at {s:g}" for s in self._dual.sparsities]
+        return [
+            {"layer": f"{name}: whole model", "kernel": "torch", "seconds": t, "over": []}
+            for name, t in zip(names, seconds, strict=True)
+        ]
+
+    def _run(self, args: tuple[Any, ...]) -> tuple[DualOutput, list[float]]:
+        """The outputs and the seconds of each pass (host time)."""
+        outputs: list[Any] = []
+        seconds = []
+        with torch.no_grad(), self._autocast(args), self._dual._watch_features() as seen:
+            for state in [None, *self._states]:
+                start = time.perf_counter()
+                if state is None:
+                    outputs.append(self._dual.model(*args))
+                else:
+                    outputs.append(functional_call(self._dual.model, state, args))
+                seconds.append(time.perf_counter() - start)
+        features = None if seen is None else Features(seen[0], self._dual._stack(seen[1:]))
+        return DualOutput(outputs[0], self._dual._stack(outputs[1:]), features), seconds
+
+    def _autocast(self, args: Any) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        device = next(t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
+        return torch.autocast(device.type, torch.bfloat16)
+
+    def _check(self) -> None:
+        """Hold the engine to DualModel on the example."""
+        with torch.no_grad():
+            expected = self._dual(*self._example)
+        got = self._run(self._example)[0]
+        tolerance = _TOLERANCE[self.precision]
+        for want, have in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
+            if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():
+                continue
+            want, have = want.double(), have.double()
+            if not torch.equal(want.isfinite(), have.isfinite()):
+                raise FastpieError(
+                    "Expected the engine to give finite outputs where the model does, but it does "
+                    "not on the example."
+                )
+            scale = want.nan_to_num(0, 0, 0).abs().max().clamp(min=1e-30)
+            error = ((have - want).nan_to_num(0, 0, 0).abs().max() / scale).item()
+            if error > tolerance:
+                raise FastpieError(
+                    f"Expected the engine to match the model to {tolerance:g} on the example, but "
+                    f"it differs by {error:.3g}."
+                )

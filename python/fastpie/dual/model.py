@@ -1,0 +1,284 @@
+"""`DualModel`: the dense model and its pruned self, two passes over one module tree.
+
+This is the truth that every engine is held to. It is written to be obvious, not fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils import _pytree as pytree
+
+from fastpie.dual import calibration
+from fastpie.dual.engine import DualEngine
+from fastpie.dual.inputs import as_arguments
+from fastpie.dual.output import DualOutput, Features
+from fastpie.errors import FastpieError
+from fastpie.pruning.masks import Masks
+
+__all__ = ["DualModel"]
+
+
+class DualModel(nn.Module):
+    """A dense model together with its pruned self.
+
+    `forward` runs `model(*args)` and then, from the same state of the random generators, the same
+    module tree with `weight * mask` in place of each masked weight and with the pruned model's own
+    normalisation statistics. No module is swapped and no parameter copied: changes of the dense
+    weights show in the next call, and gradients of both outputs reach the same parameters (through
+    the pruned output only where the weight is kept).
+
+    Equivalent to::
+
+        dense = model(x)
+        pruned_model = copy.deepcopy(model)
+        masks.apply_(pruned_model)
+        pruned = pruned_model(x)
+
+    but with one set of parameters, gradients into it, and the same dropout in both.
+
+    Attributes:
+        model: the module given, unchanged.
+        feature_module: name of the module whose output is returned as `features`, or None.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        masks: Masks | Mapping[str, Tensor],
+        features: str | None = None,
+    ) -> None:
+        """A dual model that shares the parameters of `model`.
+
+        Args:
+            model: any module with masked parameters; it is left as it was.
+            masks: from `fastpie.prune`, or bool tensors by parameter name (True = kept).
+            features: name of a submodule whose output to return of both models.
+
+        Raises:
+            FastpieError: if the masks are another model's, or there is no such submodule.
+        """
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise FastpieError(f"Expected `model` to be an nn.Module, but got {type(model)}.")
+        if not isinstance(masks, Masks):
+            masks = Masks.from_tensors(masks, model)
+        masks.check_model(model)
+        if features is not None and features not in dict(model.named_modules()):
+            raise FastpieError(
+                f"Expected `features` to name a module of {type(model).__name__}, but it has no "
+                f"module {features!r}."
+            )
+        self.model = model
+        self.feature_module = features
+        self._sparsities = list(masks.sparsities)
+        self._is_ladder = masks.is_ladder
+        self._fingerprint = masks.fingerprint
+        self._info = dict(masks.info)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        # Buffers, so that .to() moves them and state_dict() keeps them; a name may not hold a dot.
+        self._levels = _Buffers(
+            {name: level.to(parameters[name].device) for name, level in masks.levels.items()}
+        )
+        self._statistics = nn.ModuleList(
+            _Buffers({k: v.detach().clone() for k, v in calibration.statistics_of(model).items()})
+            for _ in self._sparsities
+        )
+        self.train(model.training)
+
+    @property
+    def masks(self) -> Masks:
+        """The masks in force, on the CPU."""
+        return Masks(
+            {name: level.cpu() for name, level in self._levels.items()},
+            self._sparsities,
+            is_ladder=self._is_ladder,
+            fingerprint=self._fingerprint,
+            info=self._info,
+        )
+
+    @masks.setter
+    def masks(self, masks: Masks) -> None:
+        """Put other masks of the same model and levels in force, e.g. after more training."""
+        masks.check_model(self.model)
+        if masks.sparsities != self._sparsities or masks.is_ladder != self._is_ladder:
+            raise FastpieError(
+                f"Expected masks of the levels {self._sparsities} (ladder: {self._is_ladder}), "
+                f"but got {masks}."
+            )
+        if set(masks) != {name for name, _ in self._levels.items()}:
+            raise FastpieError("Expected masks of the same parameters as those in force.")
+        for name, level in self._levels.items():
+            level.copy_(masks.levels[name])
+        self._info = dict(masks.info)
+
+    @property
+    def sparsities(self) -> list[float]:
+        """The levels of the masks."""
+        return list(self._sparsities)
+
+    @property
+    def is_ladder(self) -> bool:
+        """Whether outputs of the pruned model carry a leading level dimension."""
+        return self._is_ladder
+
+    def forward(self, *args: Any, **kwargs: Any) -> DualOutput:
+        """Both models on the same input.
+
+        Args:
+            *args: the inputs of `model`, any number.
+            **kwargs: likewise.
+
+        Returns:
+            DualOutput(dense, pruned, features), in the structure that `model` returns.
+        """
+        return self._run((args, kwargs), (args, kwargs))
+
+    def pair(self, x_dense: Any, x_pruned: Any) -> DualOutput:
+        """Each model on its own input, in one graph: two views of the same images, say.
+
+        Args:
+            x_dense: input of the dense model; a tuple is spread over its positional arguments.
+            x_pruned: input of the pruned model, likewise.
+        """
+        return self._run((as_arguments(x_dense), {}), (as_arguments(x_pruned), {}))
+
+    def _run(
+        self,
+        of_dense: tuple[tuple[Any, ...], dict[str, Any]],
+        of_pruned: tuple[tuple[Any, ...], dict[str, Any]],
+    ) -> DualOutput:
+        restore = _random_state(of_dense)
+        with self._watch_features() as seen:
+            dense = self.model(*of_dense[0], **of_dense[1])
+            pruned = []
+            for level in range(len(self._sparsities)):
+                restore()
+                pruned.append(
+                    functional_call(
+                        self.model, self.pruned_state(level), of_pruned[0], of_pruned[1]
+                    )
+                )
+        features = None
+        if seen is not None:
+            if len(seen) != 1 + len(pruned):
+                raise FastpieError(
+                    f"Expected module {self.feature_module!r} to be called once by each model, but "
+                    f"both models together called it {len(seen)} times instead of "
+                    f"{1 + len(pruned)}."
+                )
+            features = Features(seen[0], self._stack(seen[1:]))
+        return DualOutput(dense, self._stack(pruned), features)
+
+    def pruned_state(self, level: int) -> dict[str, Tensor]:
+        """Masked weights and own statistics of the pruned model at one level, by name.
+
+        What `torch.func.functional_call(model, ...)` needs to run the pruned model. The statistics
+        are the buffers themselves: a call in training mode updates them.
+        """
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        state = {name: parameters[name] * (codes > level) for name, codes in self._levels.items()}
+        state.update(self._statistics[level].items())  # type: ignore[operator]
+        return state
+
+    def recalibrate(self, batches: Iterable[Any]) -> DualModel:
+        """Replace the pruned model's BatchNorm statistics by those of data, level by level.
+
+        Each BatchNorm layer with a removed weight upstream gets the mean and the unbiased variance
+        of its input over all batches, while it normalises each batch by that batch's own (as
+        `torch.optim.swa_utils.update_bn` does, but pooled over samples rather than averaged over
+        batches). Layers with no removed weight upstream keep the dense statistics. The dense model
+        is untouched; both run in eval mode here.
+
+        Args:
+            batches: what `model` takes, or tuples, lists or dicts as a DataLoader gives them: the
+                first element, or the value of "image", is the input. Iterated once.
+
+        Returns:
+            self.
+
+        Raises:
+            FastpieError: for no batches, or data that give NaN or infinite statistics.
+        """
+        calibration.recalibrate(self, batches)
+        return self
+
+    def compile(  # type: ignore[override]
+        self, x: Any, *, precision: str = "fp32", backend: str = "auto"
+    ) -> DualEngine:
+        """Freeze both models into an engine for inputs like `x`.
+
+        Args:
+            x: an example input; a tuple is spread over the model's positional arguments. Its batch
+                size is the largest that the engine takes.
+            precision: "fp32" or "bf16" (autocast).
+            backend: "auto" or "reference", the only one of this version.
+
+        Returns:
+            DualEngine, after its output matched this model's on the example.
+        """
+        return DualEngine(self, x, precision=precision, backend=backend)
+
+    def statistics(self, level: int) -> dict[str, Tensor]:
+        """The pruned model's normalisation buffers at one level, by name in `model`."""
+        return dict(self._statistics[level].items())  # type: ignore[operator]
+
+    def _stack(self, outputs: list[Any]) -> Any:
+        if not self._is_ladder:
+            return outputs[0]
+        return pytree.tree_map(
+            lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else list(leaves),
+            *outputs,
+        )
+
+    @contextmanager
+    def _watch_features(self) -> Iterator[list[Any] | None]:
+        """Collect what the named module returns while the block runs."""
+        if self.feature_module is None:
+            yield None
+            return
+        seen: list[Any] = []
+        handle = self.model.get_submodule(self.feature_module).register_forward_hook(
+            lambda module, inputs, output: seen.append(output)
+        )
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+
+class _Buffers(nn.Module):
+    """Tensors by dotted name as buffers of a module."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name.replace(".", "/"), tensor)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._buffers.items():
+            assert tensor is not None
+            yield name.replace("/", "."), tensor
+
+
+def _random_state(inputs: Any) -> Any:
+    """A function that puts the random generators back to where they are now.
+
+    The CPU's, and those of the devices that the inputs live on.
+    """
+    cpu = torch.get_rng_state()
+    devices = {t.device for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
+    modules = {d: torch.get_device_module(d) for d in devices if d.type not in ("cpu", "meta")}
+    states = {d: module.get_rng_state(d) for d, module in modules.items()}
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        for device, state in states.items():
+            modules[device].set_rng_state(state, device)
+
+    return restore

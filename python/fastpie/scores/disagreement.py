@@ -1,0 +1,168 @@
+"""`disagreement`: named scores of two models' outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastpie import ops
+from fastpie.errors import FastpieError
+from fastpie.ops.disagreement import SCORES
+
+__all__ = ["TASKS", "checked_labels", "disagreement"]
+
+TASKS = ("multiclass", "multilabel", "segmentation", "embedding")
+_WITH_LABELS = ("loss_dense", "loss_pruned", "damage")
+
+
+def disagreement(
+    dense: Tensor,  # [N, C], segmentation [N, C, ...], embedding [N, D]
+    pruned: Tensor,  # the same, or with a leading level dimension [L, ...]
+    labels: Tensor | None = None,
+    task: str = "multiclass",
+) -> dict[str, Tensor]:  # each [N], or [L, N]
+    """How far the pruned model's outputs are from the dense model's, sample by sample.
+
+    For "multiclass" and "multilabel", in one pass over memory:
+
+    ========================  =====================================================================
+    js, kl, kl_reverse        Jensen-Shannon divergence, KL(dense || pruned), KL(pruned || dense),
+                              in nats, never negative, js at most ln 2; multilabel: of the Bernoulli
+                              distribution of each class, mean over the classes
+    spearman                  rank correlation of the C logits, average ranks for ties; NaN where
+                              either row is constant
+    flip                      bool: the largest logit (multilabel: any class at probability .5)
+                              changes sides
+    margin_dense, _pruned     the label's logit minus the best other, without labels the largest
+                              minus the second; multilabel with labels: lowest positive minus
+                              highest negative, 0 standing in for a side that the row has not;
+                              NaN for a single class
+    drift                     L2 distance of the L2-normalised rows, in [0, 2]
+    loss_dense, loss_pruned   with labels: cross-entropy, in nats; multilabel: mean binary
+                              cross-entropy over the known classes
+    damage                    with labels: loss_pruned - loss_dense
+    ========================  =====================================================================
+
+    "segmentation" gives `iou` (of the predicted classes without background 0, with C == 1 of the
+    foreground at probability .5; 1 where both predict none) and `iou_soft` (sum of minima over sum
+    of maxima of the probabilities), "embedding" gives `drift`.
+
+    Differentiable once (all but spearman, flip and iou). Sources: docs/design and
+    `fastpie.ops.reference`, which spells every formula out.
+
+    Args:
+        dense: outputs of the dense model: fp32, bf16, fp16 or fp64; no softmax applied.
+        pruned: outputs of the pruned model, same dtype and device.
+        labels: multiclass: integers [N] in [0, C); multilabel: [N, C] of 1, 0 or NaN (unknown).
+        task: "multiclass", "multilabel", "segmentation" or "embedding".
+
+    Returns:
+        fp32 tensors (fp64 for fp64 inputs) on the inputs' device; flip is bool. A row with a NaN or
+        +inf output gives NaN scores and flip False; -inf is a class of probability zero.
+
+    Raises:
+        FastpieError: for shapes, dtypes, devices or labels that do not fit together.
+    """
+    if task not in TASKS:
+        raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
+    least = 3 if task == "segmentation" else 2
+    if dense.ndim < least or (task != "segmentation" and dense.ndim != 2):
+        shape = "[N, C, H, ...]" if task == "segmentation" else "[N, C]"
+        raise FastpieError(
+            f"Expected `dense` to have shape {shape} for task {task!r}, but got "
+            f"{list(dense.shape)}."
+        )
+    ladder = pruned.ndim == dense.ndim + 1
+    if (pruned.shape[1:] if ladder else pruned.shape) != dense.shape:
+        raise FastpieError(
+            f"Expected `pruned` to have the shape {list(dense.shape)} of `dense`, or that behind a "
+            f"level dimension, but got {list(pruned.shape)}."
+        )
+    if not ladder:
+        pruned = pruned.unsqueeze(0)
+    if task == "segmentation":
+        scores = _segmentation(dense, pruned)
+    elif task == "embedding":
+        scores = {"drift": _drift(dense, pruned)}
+    else:
+        if labels is not None:
+            labels = checked_labels(labels, dense.shape[0], dense.shape[1], task)
+        packed = ops.disagreement(dense, pruned, labels, task)
+        scores = dict(zip(SCORES, packed.unbind(0), strict=True))
+        scores["flip"] = scores["flip"] > 0
+        if labels is None:
+            for name in _WITH_LABELS:
+                del scores[name]
+    return scores if ladder else {name: score[0] for name, score in scores.items()}
+
+
+def checked_labels(labels: Tensor, rows: int, classes: int, task: str) -> Tensor:
+    """Labels in the form that the operator takes, or a FastpieError that says what is wrong."""
+    if task == "multiclass":
+        if labels.shape != (rows,):
+            raise FastpieError(
+                f"Expected multiclass `labels` of shape [{rows}] (class indices), but got "
+                f"{list(labels.shape)}."
+            )
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
+            raise FastpieError(
+                f"Expected multiclass `labels` to be integers (class indices), but got "
+                f"{labels.dtype}."
+            )
+        labels = labels.to(torch.int64)
+        outside = (labels < 0) | (labels >= classes)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise FastpieError(
+                f"Expected multiclass `labels` in [0, {classes}), but got {int(labels[row])} in "
+                f"row {row}."
+            )
+        return labels
+    if labels.shape != (rows, classes):
+        raise FastpieError(
+            f"Expected multilabel `labels` of shape [{rows}, {classes}], but got "
+            f"{list(labels.shape)}."
+        )
+    labels = labels.to(torch.float32)
+    wrong = ~((labels == 0) | (labels == 1) | labels.isnan())
+    if wrong.any():
+        row, column = (int(i) for i in wrong.nonzero()[0])
+        raise FastpieError(
+            f"Expected multilabel `labels` of 0, 1 or NaN (unknown), but got "
+            f"{float(labels[row, column]):g} in row {row}, class {column}."
+        )
+    return labels
+
+
+def _drift(dense: Tensor, pruned: Tensor) -> Tensor:  # [N, D], [L, N, D] -> [L, N]
+    work = torch.promote_types(dense.dtype, torch.float32)
+    difference = functional.normalize(dense.to(work), dim=-1) - functional.normalize(
+        pruned.to(work), dim=-1
+    )
+    return torch.linalg.vector_norm(difference, dim=-1)
+
+
+def _segmentation(dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:
+    """Soft IoU (Ruzicka) and hard IoU of the foreground, per image."""
+    work = torch.promote_types(dense.dtype, torch.float32)
+    classes = dense.shape[1]
+    z, y = dense.to(work).flatten(2), pruned.to(work).flatten(3)  # [N, C, P], [L, N, C, P]
+    bad = (z.isnan() | (z == torch.inf)).flatten(1).any(-1)
+    bad = bad | (y.isnan() | (y == torch.inf)).flatten(2).any(-1)
+    if classes == 1:
+        p, q = z.sigmoid(), y.sigmoid()
+        hard_p, hard_q = z > 0, y > 0
+    else:
+        p, q = z.softmax(1)[:, 1:], y.softmax(2)[:, :, 1:]  # class 0 is the background
+        index = torch.arange(1, classes, device=z.device).view(-1, 1)
+        hard_p, hard_q = z.argmax(1, True) == index, y.argmax(2, True) == index
+
+    def ratio(intersection: Tensor, union: Tensor) -> Tensor:
+        value = torch.where(union > 0, intersection / union.clamp(min=1e-30), 1.0)
+        return torch.where(bad, torch.nan, value)
+
+    soft = ratio(torch.minimum(p, q).flatten(2).sum(-1), torch.maximum(p, q).flatten(2).sum(-1))
+    both = (hard_p & hard_q).flatten(2).sum(-1).to(work)
+    either = (hard_p | hard_q).flatten(2).sum(-1).to(work)
+    return {"iou": ratio(both, either), "iou_soft": soft}
