@@ -118,8 +118,8 @@ def _observe(
         count, mean = x.shape[1], x.mean(1)
         m2 = (x - mean.unsqueeze(1)).square().sum(1)
         # Under functional_call these are the clones above: eval mode then uses the batch's own.
-        modules[name].running_mean.copy_(mean)  # type: ignore[union-attr, operator]
-        modules[name].running_var.copy_(m2 / count)  # type: ignore[union-attr, operator]
+        modules[name].running_mean.copy_(mean)  # type: ignore[operator]
+        modules[name].running_var.copy_(m2 / count)  # type: ignore[operator]
         if name in into:
             into[name].merge(count, mean, m2)
         else:

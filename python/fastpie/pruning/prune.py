@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from fastpie._digest import digest_of
 from fastpie.errors import FastpieError
 from fastpie.pruning.masks import Masks
 
@@ -64,7 +65,7 @@ def prune(
     weights = prunable_weights(model, modules=modules, exclude=exclude)
 
     magnitudes = {name: _magnitude(name, weight) for name, weight in weights.items()}
-    digest = _digest(weights)
+    digest = digest_of(weights)
     if method == "random":
         seed = int(torch.randint(2**63 - 1, ()).item()) if seed is None else seed
         generator = np.random.default_rng(seed)
@@ -159,7 +160,7 @@ def _checked_sparsities(sparsity: float | Sequence[float]) -> list[float]:
         ) from error
     if not sparsities or not all(0 <= s < 1 for s in sparsities):  # NaN fails too
         raise FastpieError(f"Expected every sparsity to lie in [0, 1), but got {sparsity!r}.")
-    if any(b <= a for a, b in zip(sparsities, sparsities[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(sparsities)):
         raise FastpieError(f"Expected the levels to increase strictly, but got {sparsities}.")
     return sparsities
 
@@ -180,16 +181,6 @@ def _magnitude(name: str, weight: nn.Parameter) -> np.ndarray:
             f"{magnitude.size}."
         )
     return magnitude
-
-
-def _digest(weights: dict[str, nn.Parameter]) -> str:
-    """Hash of the prunable values: tells whether masks were made from these very weights."""
-    digest = hashlib.sha256()
-    for name, weight in weights.items():
-        digest.update(name.encode())
-        values = weight.detach().cpu().contiguous()
-        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _levels_of(magnitude: np.ndarray, sparsities: Sequence[float]) -> np.ndarray:

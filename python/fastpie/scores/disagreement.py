@@ -140,7 +140,8 @@ def _drift(dense: Tensor, pruned: Tensor) -> Tensor:  # [N, D], [L, N, D] -> [L,
     difference = functional.normalize(dense.to(work), dim=-1) - functional.normalize(
         pruned.to(work), dim=-1
     )
-    return torch.linalg.vector_norm(difference, dim=-1)
+    drift: Tensor = torch.linalg.vector_norm(difference, dim=-1)
+    return drift
 
 
 def _segmentation(dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:

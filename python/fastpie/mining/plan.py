@@ -1,0 +1,135 @@
+"""The work of a run, cut once: sample ids in order, fixed batches, parts of whole batches."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Subset
+
+from fastpie.errors import FastpieError
+
+__all__ = ["Plan", "known_sample_ids"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which samples lie in which batch. A *position* is a place in sample_id order.
+
+    Attributes:
+        sample_ids: in increasing order, unique.
+        order: order[position] is the index of the sample in the data set.
+        batch_size: slots of every batch; the last one is padded.
+        batches_per_part: batches whose rows are written together.
+    """
+
+    sample_ids: list[str]
+    order: list[int]
+    batch_size: int
+    batches_per_part: int = 1
+
+    @classmethod
+    def cut(cls, sample_ids: Iterable[Any], batch_size: int) -> Plan:
+        """Order the samples by id.
+
+        Args:
+            sample_ids: of the samples in the data set's own order; made strings.
+            batch_size: samples in a batch.
+
+        Raises:
+            FastpieError: for no samples, or for ids that are empty or not unique.
+        """
+        ids = [str(i) for i in sample_ids]
+        if not ids:
+            raise FastpieError("Expected a data set with at least one sample, but it is empty.")
+        if batch_size < 1:
+            raise FastpieError(f"Expected a batch size of at least 1, but got {batch_size}.")
+        if len(set(ids)) != len(ids):
+            twice = [i for i, count in Counter(ids).items() if count > 1]
+            raise FastpieError(
+                f"Expected unique sample ids, but {len(twice)} occur more than once, for example "
+                f"{twice[:3]}."
+            )
+        if "" in ids:
+            raise FastpieError(f"Expected sample ids, but sample {ids.index('')} has an empty one.")
+        order = sorted(range(len(ids)), key=ids.__getitem__)
+        return cls([ids[i] for i in order], order, batch_size)
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    @property
+    def batches(self) -> int:
+        """How many batches there are."""
+        return -(-len(self) // self.batch_size)
+
+    @property
+    def parts(self) -> int:
+        """How many parts there are."""
+        return -(-self.batches // self.batches_per_part)
+
+    def positions(self, batch: int) -> list[int]:
+        """The positions in one batch; the last batch can have fewer than `batch_size`."""
+        first = batch * self.batch_size
+        return list(range(first, min(first + self.batch_size, len(self))))
+
+    def batches_of(self, part: int) -> range:
+        """The batches in one part."""
+        first = part * self.batches_per_part
+        return range(first, min(first + self.batches_per_part, self.batches))
+
+    def samples_of(self, part: int) -> range:
+        """The positions in one part."""
+        batches = self.batches_of(part)
+        return range(
+            batches.start * self.batch_size, min(batches.stop * self.batch_size, len(self))
+        )
+
+    def part_of(self, position: int) -> int:
+        """The part that a position lies in."""
+        return position // (self.batch_size * self.batches_per_part)
+
+    def fingerprint(self) -> str:
+        """Hash of all sample ids."""
+        digest = hashlib.sha256()
+        for sample_id in self.sample_ids:
+            digest.update(sample_id.encode() + b"\0")
+        return digest.hexdigest()
+
+    def lowest_hashes(self, count: int) -> list[int]:
+        """Positions of the samples with the lowest id hash: a fixed subset, whatever the order."""
+
+        def key(position: int) -> bytes:
+            return hashlib.blake2b(self.sample_ids[position].encode(), digest_size=16).digest()
+
+        return heapq.nsmallest(count, range(len(self)), key=key)
+
+
+def known_sample_ids(dataset: Any) -> Sequence[Any] | None:
+    """Sample ids that a data set tells without reading a sample, or None.
+
+    Either an attribute `sample_ids`, or the entries of MONAI's `dataset.data` (dicts with the key
+    "sample_id"), also behind `torch.utils.data.Subset`.
+    """
+    if isinstance(dataset, Subset):
+        ids = known_sample_ids(dataset.dataset)
+        return None if ids is None else [ids[i] for i in dataset.indices]
+    ids = getattr(dataset, "sample_ids", None)
+    if ids is None:
+        entries = getattr(dataset, "data", None)
+        if (
+            isinstance(entries, list)
+            and entries
+            and all(isinstance(e, dict) and "sample_id" in e for e in entries)
+        ):
+            ids = [e["sample_id"] for e in entries]
+    if ids is not None and len(ids) != len(dataset):
+        raise FastpieError(
+            f"Expected one sample id for each of the {len(dataset)} samples, but the data set "
+            f"names {len(ids)}."
+        )
+    return ids

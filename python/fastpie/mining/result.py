@@ -1,0 +1,146 @@
+"""`MiningResult`: the table of a run and the choice of the hardest."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fastpie.errors import FastpieError
+from fastpie.mining.run_folder import RunFolder
+
+__all__ = ["MiningResult"]
+
+_LOWER_IS_HARDER = ("spearman", "margin_dense", "margin_pruned", "iou", "iou_soft", "first_flip")
+
+
+class MiningResult:
+    """What a run has scored so far.
+
+    Attributes:
+        path: the run folder.
+        record: the content of `run.json`: configuration, versions, fingerprints, the formula of
+            hardness.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open a run folder for reading, finished or not.
+
+        Raises:
+            FastpieError: if there is no run.
+        """
+        self.path = Path(path)
+        self._folder = RunFolder(self.path)
+        record = self._folder.record()
+        if record is None:
+            raise FastpieError(f"Expected a run folder at {self.path}, but it holds no run.json.")
+        self.record = record
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __repr__(self) -> str:
+        return (
+            f"MiningResult({str(self.path)!r}, {len(self)} samples, {self.errors.num_rows} errors)"
+        )
+
+    @functools.cached_property
+    def table(self) -> pa.Table:
+        """One row per scored sample, in sample_id order; see `fastpie.disagreement` for scores."""
+        return self._folder.read_parts()
+
+    @functools.cached_property
+    def errors(self) -> pa.Table:
+        """What could not be read or scored: sample_id, path, stage, error."""
+        return self._folder.errors()
+
+    def logits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Logits of both models in the order of `table`, where the run kept them.
+
+        Returns:
+            fp32 [N, C] and [L, N, C].
+        """
+        return self._kept("logits")
+
+    def features(self) -> tuple[np.ndarray, np.ndarray]:
+        """Features of both models in the order of `table`, where the run kept them.
+
+        Returns:
+            fp32 [N, D] and [L, N, D].
+        """
+        return self._kept("features")
+
+    def select(
+        self, fraction: float = 0.05, by: str = "hardness", per: str | None = None
+    ) -> list[str]:
+        """The hardest samples.
+
+        Args:
+            fraction: of the scored samples, in [0, 1]; `int(fraction * N)` are returned.
+            by: a column; where a low value is hard (margins, spearman, iou, first_flip) the lowest
+                come first. NaN and null come last, equal values in sample_id order.
+            per: a column (say "label") to take the same fraction of each of its values, at least
+                one of each.
+
+        Returns:
+            Sample ids, hardest first.
+
+        Raises:
+            FastpieError: for an unknown column or a fraction outside [0, 1].
+        """
+        if not 0 <= fraction <= 1:
+            raise FastpieError(f"Expected `fraction` in [0, 1], but got {fraction}.")
+        values = _numbers(self._column(by))
+        if by.split("@")[0] not in _LOWER_IS_HARDER:
+            values = -values
+        order = np.argsort(values, kind="stable")  # NaN last
+        if per is None:
+            chosen = order[: int(fraction * len(order))]
+        else:
+            strata = np.array([str(v) for v in self._column(per).to_pylist()])[order]
+            keep = np.zeros(len(order), dtype=bool)
+            for stratum in np.unique(strata):
+                members = np.flatnonzero(strata == stratum)
+                keep[members[: max(1, int(fraction * len(members)))]] = fraction > 0
+            chosen = order[keep]
+        return list(self.table.column("sample_id").take(pa.array(chosen)).to_pylist())
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        if name not in self.table.column_names:
+            raise FastpieError(
+                f"Expected a column of the table {self.table.column_names}, but got {name!r}."
+            )
+        return self.table.column(name)
+
+    def _kept(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        if not (self.path / kind).exists():
+            raise FastpieError(
+                f"Expected a run with its {kind} kept, but {self.path} was made without "
+                f"keep_{kind}=True."
+            )
+        table = self._folder.read_parts(kind)
+        dense, pruned = (_matrix(table.column(name)) for name in ("dense", "pruned"))
+        levels = len(self.record["config"]["sparsities"])
+        return dense, np.ascontiguousarray(pruned.reshape(len(dense), levels, -1).swapaxes(0, 1))
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    if not (
+        pa.types.is_floating(column.type)
+        or pa.types.is_integer(column.type)
+        or pa.types.is_boolean(column.type)
+    ):
+        raise FastpieError(f"Expected a column of numbers to rank by, but got {column.type}.")
+    return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
+
+
+def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # fixed-size lists -> [n, size]
+    size: Any = column.type.list_size
+    return np.concatenate(
+        [c.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for c in column.chunks]
+        or [np.empty((0, size), np.float32)]
+    )

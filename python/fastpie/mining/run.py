@@ -1,0 +1,564 @@
+"""`mine()`: the dual forward over a whole data set, resumable."""
+
+from __future__ import annotations
+
+import bisect
+import copy
+import os
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from fastpie import _C
+from fastpie._digest import digest_of
+from fastpie._files import write_atomically
+from fastpie.dual import DualEngine, DualModel
+from fastpie.dual.calibration import statistics_of
+from fastpie.dual.inputs import as_arguments
+from fastpie.errors import FastpieError
+from fastpie.mining.plan import Plan, known_sample_ids
+from fastpie.mining.reading import Batch, Problem, Reader, Sample, path_of, shapes_of
+from fastpie.mining.result import MiningResult
+from fastpie.mining.run_folder import RunFolder, config_hash
+from fastpie.mining.scoring import Scorer
+from fastpie.pruning import prune
+from fastpie.scores.disagreement import TASKS
+
+__all__ = ["DEFAULT_LADDER", "mine"]
+
+DEFAULT_LADDER = (0.1, 0.3, 0.5, 0.7)
+"""Levels that a plain model is pruned at; a fixed .9 ranks wrong labels worse than chance."""
+
+_RECALIBRATION_SAMPLES = 2048
+_PART_SECONDS = 10.0  # a part is cut to take about this long, well inside the 30 s that may be lost
+
+
+def mine(
+    dual: DualModel | nn.Module,
+    data: Dataset[Any] | DataLoader[Any],
+    out: str | os.PathLike[str],
+    *,
+    task: str = "multiclass",
+    batch_size: int | None = None,
+    num_workers: int | None = None,
+    sample_ids: Sequence[Any] | None = None,
+    recalibrate: bool = True,
+    keep_logits: bool = False,
+    keep_features: bool = False,
+    output: str | int | None = None,
+    precision: str = "fp32",
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    retry_errors: bool = False,
+    progress: bool | None = None,
+    note: dict[str, Any] | None = None,
+) -> MiningResult:
+    """Score every sample by the disagreement of the dense and the pruned model.
+
+    Runs in eval mode and leaves `dual` and its model as they were. Samples are taken in sample_id
+    order in batches of fixed content, so the table is the same bits for equal batch size, threads,
+    instruction set and versions, however often the run is interrupted. Call it again with the same
+    arguments to go on where a run stopped; a finished run is returned as it is. A crash at any
+    instant loses at most the open part (about 10 s of work).
+
+    Args:
+        dual: the dual model; a plain model is pruned by magnitude at .1, .3, .5 and .7.
+        data: a map-style data set of `(image[, label[, sample_id]])` or of dicts with `image`,
+            `label`, `sample_id`; or a DataLoader, which lends its data set, batch size, workers and
+            collate function (its order is not used). The data set must return the same sample for
+            the same index (no random augmentation).
+        out: the run folder, made if it is not there.
+        task: "multiclass" (labels: class indices), "multilabel" (labels: [C] of 1, 0, NaN),
+            "segmentation" or "embedding" (labels are not scored).
+        batch_size: samples in a pass; by default the DataLoader's, else 64.
+        num_workers: processes that read; by default the DataLoader's, else none.
+        sample_ids: one for each sample of the data set, for one that does not tell them itself. A
+            data set tells them by an attribute `sample_ids`, or through its items (then all are
+            read once before the run starts). Without any, the index is the id.
+        recalibrate: give the pruned model BatchNorm statistics from the 2,048 samples of lowest id
+            hash, on a private copy. Without, scores of networks with BatchNorm mislead above low
+            levels.
+        keep_logits: write both models' outputs beside the scores (PIE and forgettability need them).
+        keep_features: write both models' features; `dual` must name a feature module.
+        output: key or index of the logits in a model that returns a dict or tuple.
+        precision: "fp32" or "bf16".
+        backend: of the engine, see `DualModel.compile`.
+        device: to run on; by default where the model is.
+        retry_errors: read again the samples that are in the errors table of a run.
+        progress: whether to show a bar; by default where stderr is a terminal.
+        note: anything JSON can hold, kept in `run.json`.
+
+    Returns:
+        MiningResult: the table, the errors, and the choice of the hardest.
+
+    Raises:
+        FastpieError: for a run folder of another configuration, unusable data, labels or outputs,
+            a full disk. Samples that cannot be read or scored do not raise: they are in
+            `result.errors`.
+    """
+    if task not in TASKS:
+        raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
+    if not isinstance(dual, DualModel):
+        dual = DualModel(dual, prune(dual, DEFAULT_LADDER))
+    if keep_features and dual.feature_module is None:
+        raise FastpieError(
+            "Expected a DualModel with a feature module for keep_features=True, but it names none."
+        )
+    _check_finite(dual)
+    reader = Reader(data, batch_size=batch_size, num_workers=num_workers)
+    folder = RunFolder(Path(out))
+    folder.lock()
+    try:
+        run = _Run(folder, reader, dual, task, torch.device(device or _device_of(dual)), progress)
+        run.plan_samples(sample_ids)
+        run.open(
+            {
+                "recalibrate": recalibrate,
+                "keep_logits": keep_logits,
+                "keep_features": keep_features,
+                "output": output,
+                "precision": precision,
+                "backend": backend,
+            },
+            note,
+        )
+        run.score(retry_errors)
+    finally:
+        folder.unlock()
+    return MiningResult(out)
+
+
+class _Run:
+    """One call of `mine`."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        reader: Reader,
+        dual: DualModel,
+        task: str,
+        device: torch.device,
+        progress: bool | None,
+    ) -> None:
+        self.folder = folder
+        self.reader = reader
+        self.source = dual
+        self.task = task
+        self.device = device
+        self.bar_disabled = None if progress is None else not progress
+        self.plan: Plan
+        self.scorer: Scorer
+        self.config: dict[str, Any]
+        self.record: dict[str, Any]
+        self.engine: DualEngine | None = None
+
+    # ------------------------------------------------------------------ before the first part
+
+    def plan_samples(self, sample_ids: Sequence[Any] | None) -> None:
+        """Find every sample's id and cut the work."""
+        dataset: Any = self.reader.dataset
+        ids = known_sample_ids(dataset) if sample_ids is None else sample_ids
+        if ids is None:
+            ids = self._ids_from_items()
+        if len(ids) != len(dataset):
+            raise FastpieError(
+                f"Expected one sample id for each of the {len(dataset)} samples, but got {len(ids)}."
+            )
+        self.plan = Plan.cut(ids, self.reader.batch_size)
+
+    def _ids_from_items(self) -> Sequence[Any]:
+        count = len(self.reader.dataset)
+        stored = self.folder.path / "sample_ids.txt"
+        if stored.exists():
+            return stored.read_text().split("\n")[:-1]
+        first = next(
+            (s for s in map(self.reader.read_one, range(count)) if isinstance(s, Sample)), None
+        )
+        if first is None or first.sample_id is None:
+            if first is not None:
+                warnings.warn(
+                    "The data set names no sample ids, so its indices serve as ids: a run cannot "
+                    "notice when its order changes. Pass `sample_ids`, or give the data set an "
+                    "attribute `sample_ids`.",
+                    stacklevel=4,
+                )
+            return range(count)
+        with self._bar(count, "sample ids") as bar:
+            ids = self.reader.read_sample_ids(lambda done: bar.update(done) and None)
+        if any("\n" in i for i in ids):
+            raise FastpieError("Expected sample ids without line breaks.")
+        write_atomically(stored, "".join(f"{i}\n" for i in ids).encode())
+        return ids
+
+    def open(self, options: dict[str, Any], note: dict[str, Any] | None) -> None:
+        """Start a new run, or take up the one in the folder."""
+        masks = self.source.masks
+        self.config = {
+            "task": self.task,
+            "batch_size": self.plan.batch_size,
+            "sparsities": masks.sparsities,
+            "is_ladder": masks.is_ladder,
+            "features": self.source.feature_module,
+            "device": self.device.type,
+            **options,
+        }
+        fingerprints = {
+            "model": digest_of(self.source.model.state_dict()),
+            "masks": digest_of(masks.levels),
+            "statistics": digest_of(_statistics(self.source)),
+            "data": f"{len(self.plan)} samples, {self.plan.fingerprint()}",
+        }
+        record = self.folder.record()
+        if record is None:
+            self._start(fingerprints, note)
+        else:
+            self._check_same(record, fingerprints)
+            self._take_up(record)
+
+    def _take_up(self, record: dict[str, Any]) -> None:
+        self.record = record
+        self.plan = replace(self.plan, batches_per_part=record["batches_per_part"])
+        self.scorer = Scorer(
+            self.task,
+            self.config["sparsities"],
+            self.config["is_ladder"],
+            record["labelled"],
+            self.config["output"],
+            self.config["keep_logits"],
+            self.config["keep_features"],
+        )
+
+    def _start(self, fingerprints: dict[str, str], note: dict[str, Any] | None) -> None:
+        """Try the first batch, cut the parts by the time that it takes, and write `run.json`."""
+        sample = self._first_sample()
+        shape = None if self.plan.batch_size == 1 else shapes_of(sample.image)
+        self._take_up(
+            {
+                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "versions": versions(),
+                "config": self.config,
+                "config_hash": config_hash(self.config),
+                "fingerprints": fingerprints,
+                "labelled": sample.label is not None,
+                "image_shape": shape,
+                "batches_per_part": 1,
+                "note": note or {},
+            }
+        )
+        start = time.perf_counter()
+        batch = next(
+            (b for b in self._read(range(self.plan.batches)) if b.images is not None), None
+        )
+        if batch is None:
+            raise FastpieError(
+                "Expected a batch that can be collated, but there is none. Are the images of one "
+                "shape, and tensors or arrays?"
+            )
+        seconds = time.perf_counter() - start
+        args = self._arguments(batch.images)
+        self.engine = self._engine(args, fresh=True)
+        start = time.perf_counter()
+        _, _, problems, _ = self.scorer.score(
+            self.engine(*args), batch.labels, batch.positions, batch.slots
+        )
+        seconds += time.perf_counter() - start
+        if len(problems) == len(batch.positions):
+            raise FastpieError(
+                "Expected samples that can be scored, but of the first batch none can; the first: "
+                f"{problems[0].error}"
+            )
+        self.source.masks.save(self.folder.path / "masks.safetensors")
+        record = {
+            **self.record,
+            "hardness": self.scorer.hardness,
+            "batches_per_part": max(1, int(_PART_SECONDS / max(seconds, 1e-3))),
+        }
+        self.folder.write_record(record)
+        self._take_up(record)
+
+    def _first_sample(self) -> Sample:
+        """The first readable sample in sample_id order: it sets labels and shape for all."""
+        reasons = []
+        for position, index in enumerate(self.plan.order):
+            sample = self.reader.read_one(index)
+            if isinstance(sample, Sample):
+                return sample
+            reasons.append(Problem(position, "read", sample))
+        self._write_errors([], reasons)
+        raise FastpieError(
+            f"Expected at least one readable sample, but none of the {len(self.plan)} is; the first: "
+            f"{reasons[0].error} (all are in {self.folder.path / 'errors.parquet'})."
+        )
+
+    def _check_same(self, record: dict[str, Any], fingerprints: dict[str, str]) -> None:
+        before = {**record["config"], **record["fingerprints"]}
+        now = {**self.config, **fingerprints}
+        differing = [
+            f"{key}: {_short(before.get(key))} in the folder, {_short(now.get(key))} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if differing:
+            raise FastpieError(
+                f"Expected the configuration of the run in {self.folder.path}, but it differs in "
+                + "; ".join(differing)
+                + ". Choose another folder, or remove this one."
+            )
+        changed = {k: v for k, v in versions().items() if record["versions"].get(k) != v}
+        if changed:
+            warnings.warn(
+                f"This run was started with other versions ({changed} now); rows scored from here on "
+                "can differ in the last bits.",
+                stacklevel=4,
+            )
+
+    # ------------------------------------------------------------------ the run
+
+    def score(self, retry_errors: bool) -> None:
+        """Score the parts that are not done, and with `retry_errors` those with errors again."""
+        done = self._readable_parts()
+        errors = self._standing_errors(done)
+        again = {self.plan.part_of(self._position(row)) for row in errors if retry_errors}
+        todo = sorted((set(range(self.plan.parts)) - done) | again)
+        batches = [b for part in todo for b in self.plan.batches_of(part)]
+        finished = len(self.plan) - sum(len(self.plan.samples_of(part)) for part in todo)
+        collected = _Part()
+        with self._bar(len(self.plan), "mining", initial=finished) as bar:
+            for number, batch in zip(batches, self._read(batches), strict=True):
+                if batch.images is not None:
+                    self._score_batch(batch, collected)
+                collected.problems += batch.problems
+                part = number // self.plan.batches_per_part
+                if number == self.plan.batches_of(part)[-1]:
+                    errors = self._write_part(part, collected, errors, rewrite=part in done)
+                    collected = _Part()
+                bar.update(len(self.plan.positions(number)))
+
+    def _readable_parts(self) -> set[int]:
+        done = set()
+        for part in self.folder.done_parts():
+            if self.folder.readable(part):
+                done.add(part)
+            else:
+                warnings.warn(f"Part {part} cannot be read and is scored again.", stacklevel=4)
+                self.folder.part_path(part).unlink()
+        return done
+
+    def _standing_errors(self, done: set[int]) -> list[dict[str, Any]]:
+        """Rows of the errors table, less those that a crash left behind.
+
+        Those of parts that are not done (the errors are written first), and those of samples that a
+        retry has scored (there the scores are written first).
+        """
+        standing = []
+        scored: dict[int, set[str]] = {}
+        for row in self.folder.errors().to_pylist():
+            part = self.plan.part_of(self._position(row))
+            if part not in done:
+                continue
+            if part not in scored:
+                scored[part] = set(self.folder.part_ids(part))
+            if row["sample_id"] not in scored[part]:
+                standing.append(row)
+        return standing
+
+    def _position(self, row: dict[str, Any]) -> int:
+        return bisect.bisect_left(self.plan.sample_ids, row["sample_id"])
+
+    def _read(self, batches: Sequence[int]) -> Iterator[Batch]:
+        return self._read_positions([self.plan.positions(b) for b in batches])
+
+    def _read_positions(self, positions: list[list[int]]) -> Iterator[Batch]:
+        return self.reader.read(
+            self.plan,
+            positions,
+            labelled=self.record["labelled"],
+            image_shape=self.record["image_shape"],
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _arguments(self, images: Any) -> tuple[Any, ...]:
+        """Images on the device, as the model's positional arguments."""
+
+        def move(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return leaf.as_subclass(Tensor).to(self.device, non_blocking=True)
+            return leaf
+
+        images = pytree.tree_map(move, images)
+        return as_arguments(tuple(images) if isinstance(images, list) else images)
+
+    def _engine(self, args: tuple[Any, ...], *, fresh: bool) -> DualEngine:
+        """A private copy of the model, recalibrated, compiled for batches like `args`."""
+        private = copy.deepcopy(self.source).to(self.device).eval().requires_grad_(False)
+        try:
+            if self.config["recalibrate"] and statistics_of(private.model):
+                stored = self.folder.path / "recalibration.safetensors"
+                if fresh:
+                    private.recalibrate(self._recalibration_batches())
+                    write_atomically(stored, save(_statistics(private)))
+                for name, value in load_file(stored).items():
+                    _statistics(private)[name].copy_(value)
+            return private.compile(
+                args, precision=self.config["precision"], backend=self.config["backend"]
+            )
+        except (FastpieError, OSError):
+            raise
+        except Exception as error:
+            shapes = [list(a.shape) for a in args if isinstance(a, Tensor)]
+            raise FastpieError(
+                f"Expected the model to take a batch of shape {shapes}, but it raised "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _recalibration_batches(self) -> Iterator[tuple[Any, ...]]:
+        positions = sorted(self.plan.lowest_hashes(_RECALIBRATION_SAMPLES))
+        size = self.plan.batch_size
+        found = False
+        for batch in self._read_positions(
+            [positions[i : i + size] for i in range(0, len(positions), size)]
+        ):
+            if batch.images is None:
+                continue
+            found = True
+            slots = torch.as_tensor(batch.slots, device=self.device)
+            args = [a[slots] if isinstance(a, Tensor) else a for a in self._arguments(batch.images)]
+            # A tuple within a tuple: `recalibrate` takes the first element of a batch, and spreads
+            # it over the arguments of the model.
+            yield (tuple(args),)
+        if not found:
+            raise FastpieError(
+                "Expected readable samples to recalibrate BatchNorm from, but none of the "
+                f"{len(positions)} chosen is; pass recalibrate=False or mend the data."
+            )
+
+    def _score_batch(self, batch: Batch, into: _Part) -> None:
+        args = self._arguments(batch.images)
+        if self.engine is None:
+            self.engine = self._engine(args, fresh=False)
+        rows, columns, problems, kept = self.scorer.score(
+            self.engine(*args), batch.labels, batch.positions, batch.slots
+        )
+        into.problems += problems
+        ids = pa.array([self.plan.sample_ids[batch.positions[r]] for r in rows], pa.string())
+        into.tables.append(pa.table({"sample_id": ids, **columns}))
+        for kind, (dense, pruned) in kept.items():
+            into.extras.setdefault(kind, []).append(
+                pa.table({"sample_id": ids, "dense": _lists(dense), "pruned": _lists(pruned)})
+            )
+
+    def _write_part(
+        self, part: int, collected: _Part, errors: list[dict[str, Any]], *, rewrite: bool
+    ) -> list[dict[str, Any]]:
+        """Write one part and its errors, in the order that a crash between them can be told from."""
+        own = {self.plan.sample_ids[i] for i in self.plan.samples_of(part)}
+        others = [row for row in errors if row["sample_id"] not in own]
+        no_rows = pa.table({"sample_id": pa.array([], pa.string())})
+        scores = pa.concat_tables(collected.tables) if collected.tables else no_rows
+        extras = {kind: pa.concat_tables(tables) for kind, tables in collected.extras.items()}
+        changed = bool(collected.problems) or len(others) != len(errors)
+        if rewrite:
+            self.folder.write_part(part, scores, extras)
+        if changed:
+            others = self._write_errors(others, collected.problems)
+        if not rewrite:
+            self.folder.write_part(part, scores, extras)
+        return others
+
+    def _write_errors(
+        self, rows: list[dict[str, Any]], problems: Sequence[Problem]
+    ) -> list[dict[str, Any]]:
+        fresh = [
+            {
+                "sample_id": self.plan.sample_ids[problem.position],
+                "path": path_of(self.reader.dataset, self.plan.order[problem.position]),
+                "stage": problem.stage,
+                "error": problem.error,
+            }
+            for problem in problems
+        ]
+        rows = sorted(rows + fresh, key=lambda row: row["sample_id"])
+        self.folder.write_errors(rows)
+        return rows
+
+    def _bar(self, total: int, what: str, initial: int = 0) -> Any:
+        return tqdm(
+            total=total,
+            initial=initial,
+            desc=what,
+            unit="img",
+            disable=self.bar_disabled,
+            leave=False,
+        )
+
+
+class _Part:
+    """Rows of the open part."""
+
+    def __init__(self) -> None:
+        self.tables: list[pa.Table] = []
+        self.extras: dict[str, list[pa.Table]] = {}
+        self.problems: list[Problem] = []
+
+
+def versions() -> dict[str, Any]:
+    """What the last bits of a result depend on."""
+    return {
+        "fastpie": metadata.version("fastpie"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": _C.cpu_capability(),
+    }
+
+
+def _statistics(dual: DualModel) -> dict[str, Tensor]:
+    """The pruned model's own buffers at every level, by one flat name."""
+    return {
+        f"{level}/{name}": buffer
+        for level in range(len(dual.sparsities))
+        for name, buffer in dual.statistics(level).items()
+    }
+
+
+def _check_finite(dual: DualModel) -> None:
+    for name, tensor in dual.model.state_dict().items():
+        if (
+            isinstance(tensor, Tensor)
+            and tensor.is_floating_point()
+            and not tensor.isfinite().all()
+        ):
+            count = int((~tensor.isfinite()).sum())
+            raise FastpieError(
+                f"Expected finite weights, but `{name}` holds {count} NaN or infinite of "
+                f"{tensor.numel()}."
+            )
+
+
+def _device_of(dual: DualModel) -> torch.device:
+    return next(dual.parameters()).device
+
+
+def _lists(values: np.ndarray) -> pa.FixedSizeListArray:  # [n, ...]
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(values.shape[1:])))
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
