@@ -7,7 +7,7 @@ from fastpie import ops
 from fastpie.dual import DualEngine, DualModel, DualOutput
 from fastpie.errors import FastpieError
 from fastpie.pruning import Masks, prune
-from fastpie.scores import disagreement
+from fastpie.scores import disagreement, pie
 
 if TYPE_CHECKING:
     from fastpie.mining import MiningResult, mine
@@ -22,6 +22,7 @@ __all__ = [
     "disagreement",
     "mine",
     "ops",
+    "pie",
     "prune",
 ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["disagreement", "null"]
+__all__ = ["disagreement", "null", "spearman"]
 
 
 def null(input: Tensor) -> Tensor:
@@ -53,16 +53,12 @@ def disagreement(
         js, kl, kl_reverse = js / classes, kl / classes, kl_reverse / classes
         flip = ((z > 0) != (y > 0)).any(-1)
 
-    rank_z, rank_y = _centred_ranks(z), _centred_ranks(y)
-    covariance = (rank_z * rank_y).sum(-1)
-    spearman = covariance / (rank_z.square().sum(-1) * rank_y.square().sum(-1)).sqrt()
-
     difference = functional.normalize(z, dim=-1) - functional.normalize(y, dim=-1)
     drift = torch.linalg.vector_norm(difference, dim=-1)
 
     margin_dense, margin_pruned = _margin(z, labels, task), _margin(y, labels, task)
     loss_dense, loss_pruned = _loss(z, labels, task), _loss(y, labels, task)
-    scores = [js.clamp(min=0), kl.clamp(min=0), kl_reverse.clamp(min=0), spearman]
+    scores = [js.clamp(min=0), kl.clamp(min=0), kl_reverse.clamp(min=0), spearman(z, y)]
     scores += [flip.double(), margin_dense, margin_pruned, drift]
     scores += [loss_dense, loss_pruned, loss_pruned - loss_dense]
     out = torch.stack(scores)
@@ -90,6 +86,13 @@ def _divergences(
     ratio_p, ratio_q = (torch.where(a > 0, a / m.clamp(min=1e-300), 1.0) for a in (p, q))
     js = (relative(p, ratio_p.log()) + relative(q, ratio_q.log())) / 2
     return js, relative(p, log_p - log_q), relative(q, log_q - log_p)
+
+
+def spearman(z: Tensor, y: Tensor) -> Tensor:  # [..., C], [..., C] -> [...]
+    """Spearman's rho over the last dimension, average ranks for ties, fp64; NaN for a constant row."""
+    rank_z, rank_y = _centred_ranks(z), _centred_ranks(y)
+    covariance = (rank_z * rank_y).sum(-1)
+    return covariance / (rank_z.square().sum(-1) * rank_y.square().sum(-1)).sqrt()
 
 
 def _centred_ranks(z: Tensor) -> Tensor:

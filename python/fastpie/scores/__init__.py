@@ -1,5 +1,6 @@
-"""How hard a sample is: disagreement measures, PIE definitions, selection."""
+"""How hard a sample is: disagreement measures and PIE definitions."""
 
 from fastpie.scores.disagreement import disagreement
+from fastpie.scores.pie import pie
 
-__all__ = ["disagreement"]
+__all__ = ["disagreement", "pie"]

@@ -1,0 +1,1 @@
+"""Benchmarks of fastpie; results are committed under `results/`."""

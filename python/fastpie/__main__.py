@@ -1,0 +1,5 @@
+"""`python -m fastpie`."""
+
+from fastpie.cli import main
+
+main()

@@ -1,0 +1,22 @@
+"""Fixtures shared by all suites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed_torch() -> None:
+    """Every test starts from the same state of the random generator, whatever ran before it."""
+    torch.manual_seed(20240229)
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Lets a test call torch.set_num_threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
