@@ -36,7 +36,9 @@ ERRORS_SCHEMA = pa.schema(
     ]
 )
 # Prefixes of the temporary files of fastpie._files.atomic_path, left behind by a kill.
-_TEMPORARY = (".part-", ".errors.parquet.", ".run.json.", ".masks.", ".recalibration.")
+_TEMPORARY = tuple(
+    f".{name}" for name in ("part-", "errors.", "run.json.", "masks.", "recalibration.", "report.")
+)
 _PART = re.compile(r"part-(\d+)\.parquet")
 
 

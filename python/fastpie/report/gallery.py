@@ -154,7 +154,7 @@ def _cards(columns: Columns, name_of: Callable[[int], str], rows: np.ndarray) ->
             facts.append((f"pruned {highest}", name_of(int(pruned[row]))))
         facts += [(name, f"{values[row]:.3g}") for name, values in scores if values is not None]
         wrong = None
-        if labels is not None and dense is not None:
+        if labels is not None and dense is not None and np.isfinite(labels[row]):
             wrong = bool(labels[row] != dense[row])
         cards.append(Card(sample_id, facts, bool(flips is not None and flips[row] > 0), wrong))
     return cards

@@ -25,7 +25,7 @@ DENSE = "#2a83c6"
 PRUNED = "#d9622b"
 _NEUTRAL = "#808890"
 _SIZE = (6.4, 3.7)  # inches
-_BINS = 50
+_MOST_BINS = 50
 _MOST_LEVELS = 8  # more lines cannot be told apart
 
 
@@ -128,7 +128,9 @@ def plot_margins(
     x, y = dense[both], pruned[both]
     if not len(x):
         return fig, _nothing(ax, "margin")
-    bins = ax.hexbin(x, y, gridsize=40, mincnt=1, bins="log", cmap=_ramp(DENSE, DENSE, 0.2))
+    bins = ax.hexbin(
+        x, y, gridsize=(44, 22), mincnt=1, bins="log", linewidths=0, cmap=_ramp(DENSE, DENSE, 0.25)
+    )
     bar = fig.colorbar(bins, ax=ax, label="samples")
     bar.outline.set_visible(False)
     ax.axline((0, 0), slope=1, color=_NEUTRAL, linestyle=":", linewidth=1.2)
@@ -154,11 +156,14 @@ def plot_accuracy(curve: AccuracyCurve, *, ax: Axes | None = None) -> tuple[Figu
     drawn = [line for line in lines if line[1]]
     if not drawn:
         return fig, _nothing(ax, "accuracy")
+    lowest = min(min(values) for _, values, *_ in drawn)
+    floor = max(0.0, np.floor(10 * lowest - 1) / 10)  # what pruning costs is seen above it
     for label, values, color, marker, style in drawn:
         ax.plot(curve.sparsities, values, style, color=color, marker=marker, label=label)
-    ax.set(xlabel="sparsity", ylabel="fraction of samples", xlim=(-0.02, 1.0), ylim=(-0.02, 1.04))
+    ax.set(xlabel="sparsity", ylabel="fraction of samples")
+    ax.set(xlim=(-0.02, 1.0), ylim=(floor - 0.01, 1.02))
     ax.grid(axis="y", alpha=0.25)
-    ax.legend(frameon=False, loc="lower left")
+    ax.legend(frameon=False)
     return fig, ax
 
 
@@ -178,8 +183,8 @@ def _nothing(ax: Axes, what: str) -> Axes:
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    return values[np.isfinite(values)]
+    finite: np.ndarray = values[np.isfinite(values)]
+    return finite
 
 
 def _bins(values: np.ndarray) -> list[float]:
@@ -187,7 +192,8 @@ def _bins(values: np.ndarray) -> list[float]:
     # Bins narrower than the floats between the ends cannot be cut: equal values, or nearly.
     if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):
         low, high = low - 0.5, high + 0.5
-    return [float(edge) for edge in np.linspace(low, high, _BINS + 1)]
+    count = int(np.clip(2 * np.sqrt(len(values)), 10, _MOST_BINS))
+    return [float(edge) for edge in np.linspace(low, high, count + 1)]
 
 
 def _ramp(start: str, end: str, alpha: float = 1.0) -> Any:

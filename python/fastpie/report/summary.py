@@ -28,7 +28,7 @@ def sentences(result: MiningResult, columns: Columns, curve: AccuracyCurve) -> l
     """The summary, most important first."""
     record = result.record
     failed = result.errors.num_rows
-    said = [f"{_count(len(columns), 'sample')} scored, {_count(failed, 'sample')} could not be."]
+    said = [f"{_count(len(columns), 'sample')} scored, {failed:,} left out."]
     if failed:
         stages = Counter(result.errors.column("stage").to_pylist())
         parts = [f"{n:,} {_STAGES.get(stage, stage)}" for stage, n in stages.most_common()]
@@ -52,7 +52,7 @@ def sentences(result: MiningResult, columns: Columns, curve: AccuracyCurve) -> l
     if len(finite):
         half, most = np.quantile(finite, [0.5, 0.95])
         said.append(
-            f"Half of the samples have a hardness below {half:.3g}, the hardest 5 % at least "
+            f"Half of the samples have a hardness below {half:.3g}, the hardest 5% at least "
             f"{most:.3g}, the hardest {finite.max():.3g}."
         )
     flips = columns.numbers("flip")

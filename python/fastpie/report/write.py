@@ -146,16 +146,17 @@ def _plots(columns: Columns, curve: AccuracyCurve) -> list[dict[str, str]]:
             functools.partial(plots.plot_margins, dense, pruned),
         )
     if curve.overall or curve.agreement:
-        values = "; ".join(
-            f"{sparsity:g}: {value:.1%}"
+        values = ", ".join(
+            f"{value:.1%} at {sparsity:g}"
             for sparsity, value in zip(
                 curve.sparsities, curve.overall or curve.agreement, strict=True
             )
         )
+        what = "Accuracy" if curve.overall else "Same prediction as the dense model"
         add(
             "accuracy",
             "Accuracy against sparsity" if curve.overall else "Agreement against sparsity",
-            f"Sparsity 0 is the dense model. {values}.",
+            f"Sparsity 0 is the dense model. {what}: {values}.",
             functools.partial(plots.plot_accuracy, curve),
         )
     return drawn

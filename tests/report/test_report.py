@@ -1,0 +1,483 @@
+"""report.html of runs made by the real `mine`: what it says, and that nothing in it is alive."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.data import Dataset
+
+import fastpie
+from fastpie import FastpieError
+from fastpie.report import write_report
+from fastpie.report.thumbnails import picture_of
+
+SCRIPT = "<script>alert(1)</script>"
+HOSTILE = [SCRIPT, '"><img src=x onerror=alert(1)>', "{{ 7 * 7 }}", "a&b'c", "../../../etc/passwd"]
+CLASSES = 3
+
+
+class Images(Dataset):
+    """Labelled noise; names its ids, and the files that cannot be read."""
+
+    def __init__(self, n=40, labels=True, shape=(1, 8, 8), corrupt=()):
+        generator = torch.Generator().manual_seed(n)
+        self.images = torch.randn(n, *shape, generator=generator)
+        self.labels = torch.randint(0, CLASSES, (n,), generator=generator) if labels else None
+        self.sample_ids = [*HOSTILE, *(f"image-{i:03d}" for i in range(len(HOSTILE), n))]
+        self.corrupt = corrupt
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        if index in self.corrupt:
+            raise OSError(f"cannot identify {SCRIPT} number {index}")
+        if self.labels is None:
+            return (self.images[index],)
+        return self.images[index], self.labels[index]
+
+
+class Page(HTMLParser):
+    """Elements, the text outside of style, and the balance of tags."""
+
+    VOID = frozenset({"meta", "img", "br", "hr", "input", "link"})
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.elements, self.open, self.words, self.cells = [], [], [], {}
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append((tag, dict(attrs)))
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open, tag
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if not any(tag == "style" for tag, _ in self.open):
+            self.words.append(data)
+        if self.open and self.open[-1][0] in ("td", "th"):
+            table = next(a.get("id") for tag, a in self.open if tag == "table")
+            row = sum(1 for tag, _ in self.elements if tag == "tr")
+            self.cells.setdefault(table, {}).setdefault(row, []).append(data.strip())
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+    def rows(self, table):
+        """Cells of the body of a table."""
+        return list(self.cells.get(table, {}).values())[1:]
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def network(outputs=CLASSES, channels=1):
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(channels, 6, 3),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, outputs),
+    ).eval()
+
+
+def run(tmp_path, data, model=None, levels=(0.3, 0.6, 0.9), **options):
+    model = model or network()
+    dual = fastpie.DualModel(model, fastpie.prune(model, levels))
+    return fastpie.mine(dual, data, tmp_path / "run", batch_size=16, **options)
+
+
+def read(path):
+    """The page, after the checks that every report must pass."""
+    text = path.read_text("utf-8")
+    assert path.stat().st_size < 20_000_000
+    page = Page(text)
+    assert page.all("script") == []
+    assert page.all("link") == []
+    assert page.all("iframe") == []
+    assert "http://" not in text
+    assert "https://" not in text
+    assert "url(" not in text.replace("url(#", "")
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        assert not any(name.startswith("on") for name in attributes)
+        if "src" in attributes:
+            assert attributes["src"].startswith("data:image/")
+        for name in ("href", "xlink:href"):
+            target = attributes.get(name, "data:image/")
+            assert target.startswith("data:image/") or (target[0] == "#" and target[1:] in ids)
+    assert all(attributes["alt"] for attributes in page.all("img"))
+    assert len([a for a in page.all("svg") if a.get("role") == "img" and a["aria-label"]]) == len(
+        page.all("figure")
+    )
+    return page
+
+
+def plots_of(page):
+    return [a["id"] for a in page.all("figure")]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    torch.manual_seed(0)
+    data = Images(corrupt=(7, 20))
+    names = ["healthy", SCRIPT, "caries"]
+    result = run(tmp_path_factory.mktemp("labelled"), data, note={"comment": SCRIPT})
+    path = write_report(result, dataset=data, class_names=names, thumbnails=4)
+    return data, result, path, names
+
+
+def test_report_lies_in_the_run_folder_and_parses(labelled):
+    _, result, path, _ = labelled
+    assert path == result.path / "report.html"
+    assert [p.name for p in result.path.iterdir() if p.name.startswith(".report")] == []
+    page = read(path)
+    assert plots_of(page) == ["plot-hardness", "plot-js", "plot-margins", "plot-accuracy"]
+
+
+def test_summary_says_what_was_done(labelled):
+    _, result, path, _ = labelled
+    text = read(path).text
+    assert "38 samples scored, 2 left out: 2 could not be read." in text
+    assert "multiclass, with labels" in text
+    assert "0.3, 0.6 and 0.9" in text
+    assert result.record["hardness"] in text
+    assert result.record["fingerprints"]["model"] in text
+    assert result.record["versions"]["torch"] in text
+    right = np.mean(column(result, "label") == column(result, "prediction_dense"))
+    assert f"Accuracy is {right:.1%} dense" in text
+    assert "not finished" not in text
+
+
+def test_hostile_text_stays_text(labelled):
+    _, _, path, _ = labelled
+    raw = path.read_text("utf-8")
+    assert "<script" not in raw
+    assert "onerror=alert" not in raw.replace("&#34;&gt;&lt;img src=x onerror=alert(1)&gt;", "")
+    page = read(path)
+    assert SCRIPT in page.text  # as class name, id and error
+    assert "49" not in {word.strip() for word in page.words}
+
+
+def test_hostile_ids_are_shown_in_the_gallery(tmp_path):
+    data = Images(n=len(HOSTILE) + 2)
+    page = read(write_report(run(tmp_path, data), dataset=data))
+    for sample_id in HOSTILE:
+        assert sample_id in {word.strip() for word in page.words}
+        assert any(sample_id in attributes["alt"] for attributes in page.all("img"))
+
+
+def test_every_class_has_its_hardest_samples(labelled):
+    _, result, path, names = labelled
+    page = read(path)
+    ids, labels, hardness = (column(result, name) for name in ("sample_id", "label", "hardness"))
+    shown = [a["alt"] for a in page.all("img")]
+    for label, name in enumerate(names):
+        assert f"class-{label}" in {a.get("id") for a in page.all("section")}
+        rows = np.flatnonzero(labels == label)
+        hardest = rows[np.argsort(-hardness[rows], kind="stable")][:4]
+        cards, shown = shown[:4], shown[4:]
+        for alt, row in zip(cards, hardest, strict=True):
+            assert alt.startswith(f"Sample {ids[row]}: label {name}, ")
+            assert f"hardness {hardness[row]:.3g}" in alt
+    assert shown == []
+
+
+def test_class_table_equals_an_independent_computation(labelled):
+    _, result, path, names = labelled
+    rows = result.table.to_pylist()
+    expected = []
+    for label, name in enumerate(names):
+        of = [r for r in rows if r["label"] == label]
+        n = len(of)
+        expected.append(
+            [
+                name,
+                str(n),
+                f"{sum(r['prediction_dense'] == label for r in of) / n:.1%}",
+                f"{sum(r['prediction_pruned@0.9'] == label for r in of) / n:.1%}",
+                f"{sum(r['flip@0.9'] for r in of) / n:.1%}",
+                f"{sum(r['hardness'] for r in of) / n:.3g}",
+            ]
+        )
+    expected.sort(key=lambda row: -float(row[-1]))
+    found = [[cell for cell in row if cell] for row in read(path).rows("class-table")]
+    assert found == expected
+
+
+def test_errors_are_listed(labelled):
+    _, result, path, _ = labelled
+    assert [row[1:3] for row in read(path).rows("error-table")] == [
+        ["read", error] for error in column(result, "error", result.errors)
+    ]
+
+
+def test_thumbnails_are_the_samples(labelled):
+    data, _, path, _ = labelled
+    image = read(path).all("img")[0]
+    sample_id = image["alt"].removeprefix("Sample ").split(": label")[0]
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1]))))
+    source = data.images[data.sample_ids.index(sample_id)][0].numpy()
+    scaled = (source - source.min()) / (source.max() - source.min()) * 255
+    assert np.abs(pixels - scaled).max() <= 1
+
+
+def test_without_data_set_the_report_says_why_there_are_no_pictures(labelled, tmp_path):
+    _, result, _, _ = labelled
+    page = read(write_report(result, tmp_path / "other.html"))
+    assert page.all("img") == []
+    assert "without the data set" in page.text
+    assert "class-2" in {a.get("id") for a in page.all("section")}
+
+
+def test_another_data_set_gives_no_pictures_instead_of_wrong_ones(labelled, tmp_path):
+    _, result, _, _ = labelled
+    page = read(write_report(result, tmp_path / "other.html", dataset=torch.randn(40, 1, 8, 8)))
+    assert page.all("img") == []
+    assert "its indices are not the ids of the run" in page.text
+
+
+def test_a_sample_that_cannot_be_read_leaves_a_placeholder(tmp_path):
+    data = Images(n=12)
+    result = run(tmp_path, data)
+    data.corrupt = (0,)
+    page = read(write_report(result, dataset=data))
+    assert len(page.all("img")) == 11
+    assert f"cannot be shown: cannot identify {SCRIPT} number 0" in page.text
+
+
+def test_ids_from_the_items_are_found_again(tmp_path):
+    images = torch.arange(6.0).view(6, 1, 1, 1) * torch.randn(1, 1, 8, 8)
+    data = [{"image": x, "label": i % 2, "sample_id": f"s{9 - i}"} for i, x in enumerate(images)]
+    page = read(write_report(run(tmp_path, data), dataset=data))
+    assert len(page.all("img")) == 6
+
+
+def test_no_labels_goes_by_prediction(tmp_path):
+    data = Images(labels=False)
+    result = run(tmp_path, data, levels=0.9)
+    page = read(write_report(result, dataset=data))
+    predicted = column(result, "prediction_dense")
+    assert "Accuracy is not available: the run has no labels." in page.text
+    for label in np.unique(predicted):
+        assert f"class-{label}" in {a.get("id") for a in page.all("section")}
+    flips = column(result, "flip")
+    hardness = column(result, "hardness")
+    expected = [
+        [
+            str(label),
+            str((predicted == label).sum()),
+            f"{flips[predicted == label].mean():.1%}",
+            f"{hardness[predicted == label].mean():.3g}",
+        ]
+        for label in np.unique(predicted)
+    ]
+    found = [[cell for cell in row if cell] for row in page.rows("class-table")]
+    assert sorted(found) == sorted(expected)
+
+
+def test_single_level_without_ladder_columns(tmp_path):
+    data = Images()
+    result = run(tmp_path, data, levels=0.5)
+    assert not any("@" in name for name in result.table.column_names)
+    page = read(write_report(result))
+    accuracy = np.mean(column(result, "label") == column(result, "prediction_pruned"))
+    assert f"{accuracy:.1%} at sparsity 0.5" in page.text
+    assert len(plots_of(page)) == 4
+
+
+def test_multilabel(tmp_path):
+    images = Images(labels=False).images
+    labels = (torch.rand(40, CLASSES) > 0.5).float()
+    labels[0, 0] = torch.nan
+    result = run(
+        tmp_path,
+        torch.utils.data.TensorDataset(images, labels),
+        task="multilabel",
+        sample_ids=Images().sample_ids,
+    )
+    page = read(write_report(result, class_names=["a", "b", "c"]))
+    assert {row[0]: row[1] for row in page.rows("class-table")} == {
+        name: str(int((labels[:, i] == 1).sum())) for i, name in enumerate("abc")
+    }
+    assert "holds no predictions" in page.text
+    assert "class-all" in {a.get("id") for a in page.all("section")}
+
+
+def test_segmentation(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    data = Images(n=10, labels=False, shape=(3, 80, 100))
+    page = read(write_report(run(tmp_path, data, model, task="segmentation"), dataset=data))
+    assert len(page.all("img")) == 10
+    assert page.all("img")[0]["src"].startswith("data:image/jpeg")
+    assert plots_of(page) == ["plot-hardness", "plot-iou_soft"]
+    assert "The run tells no classes." in page.text
+
+
+def test_embedding(tmp_path):
+    page = read(write_report(run(tmp_path, Images(n=9, labels=False), task="embedding")))
+    assert plots_of(page) == ["plot-hardness", "plot-drift"]
+
+
+def rewritten(result, change):
+    """The run with its table changed, as a fresh result."""
+    (part,) = (result.path / "scores").glob("*.parquet")
+    pq.write_table(change(pq.read_table(part)), part)
+    return fastpie.MiningResult(result.path)
+
+
+def test_empty_table(tmp_path):
+    data = Images(n=8)
+    result = rewritten(
+        run(tmp_path, data), lambda t: pa.table({"sample_id": pa.array([], "string")})
+    )
+    page = read(write_report(result, dataset=data))
+    assert "0 samples scored" in page.text
+    assert "The run is not finished" in page.text
+    assert "There is no sample to show." in page.text
+    assert plots_of(page) == []
+    result = rewritten(run(tmp_path / "b", data), lambda t: t.slice(0, 0))
+    assert "no sample is scored" in read(write_report(result)).text
+
+
+def test_columns_without_a_number(tmp_path):
+    def blank(table):
+        for i, name in enumerate(table.column_names):
+            if pa.types.is_floating(table.schema.field(name).type):
+                table = table.set_column(i, name, pa.array(np.full(len(table), np.nan)))
+        return table
+
+    result = rewritten(run(tmp_path, Images()), blank)
+    page = read(write_report(result))
+    assert [row[-1] for row in page.rows("class-table")] == ["–"] * CLASSES
+
+
+def test_thousands_of_classes_are_capped_and_it_says_so(tmp_path):
+    def multiply(table):
+        n = 3000
+        table = pa.concat_tables([table] * (n // len(table)))
+        for name, values in (
+            ("sample_id", [f"{i:05d}" for i in range(n)]),
+            ("label", np.arange(n)),
+            ("hardness", np.random.default_rng(0).random(n, dtype=np.float32)),
+        ):
+            table = table.set_column(table.column_names.index(name), name, pa.array(values))
+        return table
+
+    result = rewritten(run(tmp_path, Images(n=40)), multiply)
+    page = read(write_report(result, thumbnails=50))
+    assert len(page.rows("class-table")) == 200
+    assert "Of 3,000 classes, the 200 hardest are shown." in page.text
+    assert "Of 3,000 classes, the 40 with the highest mean hardness are shown." in page.text
+    hardest = column(result, "label")[np.argmax(column(result, "hardness"))]
+    assert page.rows("class-table")[0][0] == str(hardest)
+    assert f"class-{hardest}" in {a.get("id") for a in page.all("section")}
+
+
+def test_more_errors_than_are_shown(tmp_path):
+    data = Images(n=80, corrupt=range(10, 70))
+    page = read(write_report(run(tmp_path, data)))
+    assert len(page.rows("error-table")) == 50
+    assert "60 samples could not be read or scored; the first 50 are shown" in page.text
+
+
+def test_the_file_keeps_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastpie.report.thumbnails._BUDGET", 2_000)
+    data = Images(corrupt=())
+    page = read(write_report(run(tmp_path, data), dataset=data))
+    assert 0 < len(page.all("img")) < 20
+    assert "would grow beyond 20 MB" in page.text
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "mode"),
+    [
+        ((1, 8, 6), (6, 8), "L"),
+        ((3, 8, 6), (6, 8), "RGB"),
+        ((4, 8, 6), (6, 8), "L"),
+        ((8, 6), (6, 8), "L"),
+        ((1, 5, 8, 6), (6, 8), "L"),
+        ((1, 400, 200), (80, 160), "L"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bfloat16])
+def test_pictures_of_all_kinds_of_images(shape, size, mode, dtype):
+    picture = picture_of((torch.rand(shape) * 255).to(dtype))
+    assert (picture.size, picture.mode) == (size, mode)
+
+
+def test_pictures_of_odd_values():
+    volume = torch.zeros(1, 3, 4, 4)
+    volume[0, 1, 0, 0] = 9
+    assert np.asarray(picture_of(volume))[0, 0] == 255
+    assert np.asarray(picture_of(np.full((1, 4, 4), np.nan))).tolist() == [[128] * 4] * 4
+    odd = np.array([[[0.0, np.inf], [1.0, -np.inf]]])
+    assert np.asarray(picture_of({"a": odd})).tolist() == [[0, 0], [255, 0]]
+    for bad in (torch.zeros(3), torch.zeros(1, 0, 4), "text", torch.zeros(1, 1, 1, 1, 1)):
+        with pytest.raises(FastpieError, match="not a"):
+            picture_of(bad)
+
+
+def test_bad_arguments_are_told(labelled, tmp_path):
+    _, result, _, _ = labelled
+    with pytest.raises(FastpieError, match="up to 2, but got 1"):
+        write_report(result, tmp_path / "x.html", class_names=["one"])
+    with pytest.raises(FastpieError, match="thumbnails"):
+        write_report(result, tmp_path / "x.html", thumbnails=-1)
+    with pytest.raises(FastpieError, match="write the report"):
+        write_report(result, tmp_path / "missing" / "x.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_jinja_says_how_to_install_it(labelled, tmp_path, monkeypatch):
+    _, result, _, _ = labelled
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(FastpieError, match=r"pip install 'fastpie\[report\]'"):
+        write_report(result, tmp_path / "x.html")
+
+
+def test_importing_needs_neither_library():
+    code = (
+        "import sys; sys.modules['jinja2'] = sys.modules['matplotlib'] = None;"
+        "import fastpie, fastpie.report, fastpie.report.plots"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_old_or_sparse_record_is_no_reason_to_stop(tmp_path):
+    result = run(tmp_path, Images(n=8))
+    record = json.loads((result.path / "run.json").read_text())
+    for key in ("versions", "fingerprints", "created", "note", "hardness"):
+        del record[key]
+    (result.path / "run.json").write_text(json.dumps(record))
+    page = read(write_report(fastpie.MiningResult(result.path), dataset=Images(n=8)))
+    assert "not recorded" in page.text
+
+
+def column(result, name, table=None):
+    return np.array((table or result.table).column(name).to_pylist())
