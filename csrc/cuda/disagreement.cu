@@ -243,6 +243,8 @@ constexpr float kNear = 0.5f;
 // logits up to the largest float stay finite where their mean does.
 constexpr float kKlUnit = 65536.0f;
 constexpr float kPerKlUnit = 1.0f / kKlUnit;
+// Shares of the probability below this count nothing; reciprocals of smaller ones overflow.
+constexpr float kTiny = 1e-37f;
 // A quarter of the log of the smallest positive double: where fp64 probabilities become zero.
 constexpr float kQuarterLogTiny = -186.28f;
 
@@ -279,7 +281,7 @@ struct Divergence {
     const float more = fmaxf(p, q);
     const float less = fminf(p, q);
     const float x4 = q4 - p4;
-    if (more > 0.0f) {
+    if (more > kTiny) {
       const float log_more = log1p_unit((more - less) / (more + less));  // log(more / m)
       const float log_less = less > 0.0f ? log_more - 4.0f * fabsf(x4) : 0.0f;
       js += 0.5f * (more * log_more + less * log_less);
@@ -291,9 +293,9 @@ struct Divergence {
   __device__ static __forceinline__ float add_one_way(float p, float q, float p4, float q4,
                                                       float x4) {
     const float difference = kPerKlUnit * (q - p);
-    if (p > 0.0f) return difference - 4.0f * kPerKlUnit * p * x4;
-    // p is below fp32; fp64 would still see it, and infinity is infinity however small its share.
-    return q4 == -INFINITY && p4 > kQuarterLogTiny ? INFINITY : difference;
+    // Infinity is infinity however small its share, also where p is zero in fp32 but not in fp64.
+    if (q4 == -INFINITY) return p4 > kQuarterLogTiny ? INFINITY : difference;
+    return p > 0.0f ? difference - 4.0f * kPerKlUnit * p * x4 : difference;
   }
 };
 
@@ -329,7 +331,7 @@ __device__ __forceinline__ Bernoulli sigmoid(float z) {
           positive ? -z - softplus : -softplus};
 }
 
-// How the top class is favoured: x = log(q / p) = (y - z) - (top_y - top_z) - (log sums). The first
+// What all classes of a row share of x = log(q / p) = (y - z) - (top_y - top_z) - of_sum. The first
 // difference is exact for nearly equal rows; with an offset between the rows (|top_y - top_z| > 1)
 // the distances to the tops are the more accurate ones.
 struct LogRatio {
@@ -378,9 +380,9 @@ __device__ __forceinline__ void add_multilabel(float z, float y, Divergence* div
     const float difference = __fdividef(a.p * a.not_p * e, fmaf(a.p, e, 1.0f));
     const float sum = a.p + b.p;
     const float not_sum = a.not_p + b.not_p;
-    divergence->add_near(a.p, b.p, sum > 0.0f ? __fdividef(difference, sum) : 0.0f);
+    divergence->add_near(a.p, b.p, sum > kTiny ? __fdividef(difference, sum) : 0.0f);
     divergence->add_near(a.not_p, b.not_p,
-                         not_sum > 0.0f ? -__fdividef(difference, not_sum) : 0.0f);
+                         not_sum > kTiny ? -__fdividef(difference, not_sum) : 0.0f);
   } else {
     add_outcome(a.p, b.p, a.log_p, b.log_p, divergence);
     add_outcome(a.not_p, b.not_p, a.log_not_p, b.log_not_p, divergence);
@@ -486,9 +488,11 @@ __device__ __forceinline__ void emit(const DisagreementArgs& args, const Side& d
   const std::int64_t step = args.levels * args.rows;
   float* const out = args.out + level * args.rows + row;
   const auto put = [&](Score score, float value) { out[score * step] = bad ? NAN : value; };
-  put(kJs, fmaxf(pair.divergence.js * share, 0.0f));
-  put(kKl, fmaxf(pair.divergence.kl * (kKlUnit * share), 0.0f));
-  put(kKlReverse, fmaxf(pair.divergence.kl_reverse * (kKlUnit * share), 0.0f));
+  // Rounding can leave a term a hair below zero. (fmaxf would hide a NaN.)
+  const auto not_negative = [](float value) { return value < 0.0f ? 0.0f : value; };
+  put(kJs, not_negative(pair.divergence.js * share));
+  put(kKl, not_negative(pair.divergence.kl * (kKlUnit * share)));
+  put(kKlReverse, not_negative(pair.divergence.kl_reverse * (kKlUnit * share)));
   put(kSpearman, static_cast<float>(static_cast<double>(pair.rank_product) / sqrt(squares)));
   out[kFlip * step] = !bad && flip ? 1.0f : 0.0f;
   put(kMarginDense, no_margin ? NAN : static_cast<float>(dense.margin));

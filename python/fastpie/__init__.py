@@ -1,5 +1,6 @@
 """fastpie: the hard samples of an image classifier, where its dense and pruned selves disagree."""
 
+import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from fastpie.pruning import Masks, prune
 from fastpie.scores import disagreement, pie
 
 if TYPE_CHECKING:
+    from fastpie import training
     from fastpie.mining import MiningResult, mine
 
 __all__ = [
@@ -24,17 +26,19 @@ __all__ = [
     "ops",
     "pie",
     "prune",
+    "training",
 ]
 
 __version__ = metadata.version("fastpie")
 
 _LAZY = {"MiningResult": "fastpie.mining", "mine": "fastpie.mining"}
+_LAZY_MODULES = ("training",)
 
 
 def __getattr__(name: str) -> Any:
     """Import what needs pyarrow on first use: `import fastpie` stays quick."""
     if name in _LAZY:
-        import importlib
-
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"fastpie.{name}")
     raise AttributeError(f"module 'fastpie' has no attribute {name!r}")

@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# What `make gpu-check` runs on a machine with a CUDA GPU: build with that machine's python3 and
+# nvcc, run every test that needs a GPU, look for bad memory accesses and races, benchmark.
+#
+# Needs no network: torch, Triton, scikit-build-core, pybind11, CMake, ninja, nvcc and pytest are
+# there. Without a GPU it builds, checks what the module links, says so and exits with 1.
+# Results go to $OUT where that is set, else to benchmarks/results.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+PYTHON=${PYTHON:-python3}
+BUILD=${BUILD:-$PWD/build/gpu-check}
+SITE=$BUILD/site
+LOGS=${OUT:-$BUILD}
+mkdir -p "$BUILD" "$LOGS"
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "build into $SITE"
+rm -rf "$SITE"
+# --no-deps: what is installed there already is what must work.
+"$PYTHON" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+  --no-index --target "$SITE" --config-settings=cmake.define.FASTPIE_WERROR=ON \
+  --config-settings=build-dir="$BUILD/cmake" .
+export PYTHONPATH="$SITE" PYTHONUNBUFFERED=1
+"$PYTHON" - <<'PYTHON_CODE'
+import torch
+import fastpie
+from fastpie import _C
+
+assert _C.cuda_architectures is not None, "built without CUDA kernels: is nvcc on the PATH?"
+print(f"fastpie of {fastpie.__file__}")
+print(f"torch {torch.__version__}, kernels for {_C.cuda_architectures} by CUDA {_C.cuda_version}")
+PYTHON_CODE
+"$PYTHON" -m pytest -q -p no:cacheprovider tests/csrc/test_cuda_build.py
+
+step "GPU"
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  echo "No GPU here: torch.cuda.is_available() is False. Built and checked up to the first launch."
+  exit 1
+fi
+"$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
+
+# Everything below runs even if one part fails: a machine with a GPU is dear.
+failed=()
+
+step "tests"
+"$PYTHON" -m pytest -q -p no:cacheprovider -m cuda --continue-on-collection-errors tests 2>&1 \
+  | tee "$LOGS/gpu-tests.log" || failed+=("tests")
+
+step "compute-sanitizer"
+driver=$LOGS/sanitize.py
+cat > "$driver" <<'PYTHON_CODE'
+"""A few launches of every CUDA kernel; torch's caching allocator would hide accesses outside."""
+
+import torch
+from fastpie import ops
+
+for classes in (1, 12, 20, 30, 50, 100, 129, 1000, 16384):
+    for task in ("multiclass", "multilabel"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            dense = torch.randn(5, classes, device="cuda", dtype=dtype)
+            pruned = torch.randn(2, 5, classes, device="cuda", dtype=dtype)
+            labels = torch.tensor([0, -1, classes, 2**62, 0], device="cuda")
+            if task == "multilabel":
+                labels = (torch.rand(5, classes, device="cuda") < 0.5).float()
+            ops.disagreement(dense, pruned, labels, task)
+ops.null(torch.randn(1001, device="cuda"))
+torch.cuda.synchronize()
+print("launched")
+PYTHON_CODE
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null \
+  | head -n 1 || true)
+if [ -z "$sanitizer" ]; then
+  echo "compute-sanitizer is not here: not checked."
+else
+  for tool in memcheck racecheck; do
+    log=$LOGS/$tool.log
+    if PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 "$sanitizer" --tool "$tool" \
+        --error-exitcode 9 "$PYTHON" "$driver" > "$log" 2>&1; then
+      echo "$tool: $(tail -n 1 "$log")"
+    elif grep -q -i "not supported\|LibraryNotLoaded" "$log"; then
+      echo "$tool: this machine does not let the tool in (see $log): not checked."
+    else
+      echo "$tool: FAILED"
+      tail -n 20 "$log"
+      failed+=("$tool")
+    fi
+  done
+fi
+
+step "benchmark"
+"$PYTHON" -m benchmarks.bench_disagreement_gpu 2> "$LOGS/gpu-bench.log" \
+  || { tail -n 30 "$LOGS/gpu-bench.log"; failed+=("benchmark"); }
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf '\nFAILED: %s\n' "${failed[*]}"
+  exit 1
+fi
+printf '\ngpu-check passed\n'

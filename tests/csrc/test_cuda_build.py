@@ -1,0 +1,61 @@
+"""The CUDA part of the compiled module: what it links, and which GPUs it holds code for."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastpie import _C
+
+pytestmark = pytest.mark.skipif(
+    _C.cuda_architectures is None, reason="this build has no CUDA kernels (nvcc was not found)"
+)
+
+
+def _run(tool: str, *arguments: str) -> str:
+    path = shutil.which(tool)
+    if path is None and tool == "cuobjdump" and (triton := importlib.util.find_spec("triton")):
+        path = shutil.which(str(Path(triton.origin).parent / "backends/nvidia/bin" / tool))
+    if path is None:
+        pytest.skip(f"{tool} is neither on the PATH nor shipped with Triton")
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads an ELF file")
+@pytest.mark.parametrize("command", [("ldd",), ("readelf", "-d")])
+def test_links_no_cuda_library(command: tuple[str, ...]) -> None:
+    # libcuda belongs to the driver and is missing on a machine without a GPU; a shared libcudart
+    # would tie the module to one torch build.
+    assert re.findall(r"lib(?:cuda|cudart|nvrtc)\b\S*", _run(*command, _C.__file__)) == []
+
+
+def test_holds_code_for_the_named_architectures() -> None:
+    elf = _run("cuobjdump", "--list-elf", _C.__file__)
+    assert set(re.findall(r"\.(sm_\w+)\.cubin", elf)) == {"sm_80", "sm_90a"}
+    # PTX of a generic target for later GPUs: code of sm_90a runs on no other.
+    ptx = _run("cuobjdump", "--list-ptx", _C.__file__)
+    assert set(re.findall(r"\.(sm_\w+)\.ptx", ptx)) == {"sm_80"}
+
+
+def test_kernels_do_not_spill() -> None:
+    usage = _run("cuobjdump", "--dump-resource-usage", _C.__file__)
+    kernels = re.findall(r"Function (\S*kernel\S*):\s+REG:\d+ STACK:(\d+)\S* .*?LOCAL:(\d+)", usage)
+    assert len(kernels) >= 2 * len(("group", "row", "null"))
+    assert [name for name, stack, local in kernels if int(stack) or int(local)] == []
+
+
+def test_says_in_words_why_cuda_cannot_be_used() -> None:
+    reason = _C.cuda_unusable_reason()
+    assert isinstance(reason, str)
+    assert reason == "" or len(reason.split()) > 1
+
+
+def test_names_its_toolkit() -> None:
+    assert re.fullmatch(r"\d+\.\d+", _C.cuda_version)
+    assert _C.cuda_max_classes == 16384
