@@ -120,7 +120,7 @@ class ControlFlow(nn.Module):
         x = self.first(x)
         for _ in range(x.shape[0] % 2 + 1):
             x = torch.tanh(x)
-        return self.high(x) if float(x.sum()) > 0 else self.low(x)
+        return self.high(x) if x.sum().item() > 0 else self.low(x)
 
 
 class SeveralInputs(nn.Module):
@@ -237,16 +237,16 @@ def _monai(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
     return build
 
 
-_IN_OUT = {"in_channels": 3, "out_channels": 4}
-_RESNET_3D = {"spatial_dims": 3, "n_input_channels": 1, "num_classes": 4, "conv1_t_size": 3}
+_DENSENET = {"in_channels": 3, "out_channels": 4, "init_features": 16, "growth_rate": 8}
+_RESNET_3D = {"spatial_dims": 3, "n_input_channels": 1, "num_classes": 4, "widen_factor": 0.25}
 MONAI = [
     Network(
         "resnet18_2d",
-        _monai("resnet18", spatial_dims=2, n_input_channels=3, num_classes=4),
+        _monai("resnet18", spatial_dims=2, n_input_channels=3, num_classes=4, widen_factor=0.25),
         ((3, 32, 32),),
     ),
     Network("resnet10_3d", _monai("resnet10", **_RESNET_3D), ((1, 16, 16, 16),)),
-    Network("densenet121", _monai("DenseNet121", spatial_dims=2, **_IN_OUT), ((3, 32, 32),)),
+    Network("densenet121", _monai("DenseNet121", spatial_dims=2, **_DENSENET), ((3, 32, 32),)),
     Network(
         "efficientnet_b0",
         _monai("EfficientNetBN", model_name="efficientnet-b0", pretrained=False, num_classes=4),

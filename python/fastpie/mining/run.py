@@ -282,6 +282,7 @@ class _Run:
                 "Expected samples that can be scored, but of the first batch none can; the first: "
                 f"{problems[0].error}"
             )
+        self._write_errors([], [])
         self.source.masks.save(self.folder.path / "masks.safetensors")
         record = {
             **self.record,
