@@ -148,7 +148,7 @@ struct Side {
   Vec* p;     // multiclass: softmax
   Vec* rank;  // doubled centred ranks
   Mask bad;   // rows whose scores are NaN
-  Vec lse;    // multiclass: log(sum(exp(z)))
+  Vec log_sum;  // multiclass: log(sum(exp(z - top))); added to a huge top it would be lost
   Vec norm;   // L2 norm of the logits, at least 1e-12 as in torch.nn.functional.normalize
   Vec rank_square;
   Vec top;     // largest logit, the first of equal ones
@@ -186,7 +186,7 @@ void prepare(const DisagreementArgs& args, int valid, const Workspace& space, Si
       sum += side->p[c];
     }
     for (std::int64_t c = 0; c < classes; ++c) side->p[c] = side->p[c] / sum;
-    side->lse = top + vlog(sum);
+    side->log_sum = vlog(sum);
   }
   side->bad = bad;
   side->top = top;
@@ -271,7 +271,7 @@ Supervised multiclass_supervised(const DisagreementArgs& args, const Side& side,
     best_other[lane] = static_cast<std::int64_t>(side.top_class[lane]) == label ? side.second[lane]
                                                                                 : side.top[lane];
   }
-  return {of_label - best_other, side.lse - of_label};
+  return {of_label - best_other, side.log_sum - (of_label - side.top)};
 }
 
 // Lowest positive minus highest negative logit, the decision threshold 0 standing in for a side
@@ -315,7 +315,8 @@ void score_level(const DisagreementArgs& args, const Workspace& space, std::int6
     const Vec difference = dense.z[c] / dense.norm - pruned.z[c] / pruned.norm;
     drift += difference * difference;
     if (args.task == Task::kMulticlass) {
-      divergence.add(dense.p[c], dense.z[c] - dense.lse, pruned.p[c], pruned.z[c] - pruned.lse);
+      divergence.add(dense.p[c], (dense.z[c] - dense.top) - dense.log_sum, pruned.p[c],
+                     (pruned.z[c] - pruned.top) - pruned.log_sum);
     } else {
       const Bernoulli p = sigmoid(dense.z[c]), q = sigmoid(pruned.z[c]);
       divergence.add(p.p, p.log_p, q.p, q.log_p);

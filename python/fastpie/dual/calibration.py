@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from fastpie.dual import inputs
 from fastpie.errors import FastpieError
@@ -37,11 +36,7 @@ def affected_layers(dual: DualModel, args: tuple[Any, ...], level: int) -> set[s
     convolutions, activations, pooling and attention to all that depends on the weight, whatever
     the data. Must be called in eval mode.
     """
-    parameters = dict(dual.model.named_parameters(remove_duplicate=False))
-    state = {
-        name: parameters[name].masked_fill(codes <= level, torch.nan)
-        for name, codes in dual._levels.items()
-    }
+    state = dual.at_every_site(lambda w, codes: w.masked_fill(codes <= level, torch.nan))
     reached: set[str] = set()
 
     def look(name: str, x: Tensor) -> None:
@@ -49,7 +44,7 @@ def affected_layers(dual: DualModel, args: tuple[Any, ...], level: int) -> set[s
             reached.add(name)
 
     with _watch_inputs(dual.model, _batch_norms(dual.model), look):
-        functional_call(dual.model, state, args)
+        dual.run_pruned(state, args)
     return reached
 
 
@@ -77,6 +72,8 @@ def recalibrate(dual: DualModel, batches: Iterable[Any]) -> None:
     with torch.no_grad(), _eval_mode(dual.model):
         for batch in batches:
             args = inputs.of_batch(batch)
+            if inputs.batch_size(args) == 0:
+                continue
             if affected is None:
                 affected = [affected_layers(dual, args, level) for level in levels]
             if not any(affected):
@@ -87,8 +84,8 @@ def recalibrate(dual: DualModel, batches: Iterable[Any]) -> None:
         if affected is None:
             raise FastpieError("Expected batches to recalibrate from, but there are none.")
         dense = statistics_of(dual.model)
+        replacements = []
         for level in levels:
-            own = dual.statistics(level)
             fresh = {name: value.clone() for name, value in dense.items()}
             for layer, m in moments[level].items():
                 if not (m.mean.isfinite().all() and m.m2.isfinite().all()):
@@ -99,6 +96,9 @@ def recalibrate(dual: DualModel, batches: Iterable[Any]) -> None:
                 prefix = f"{layer}." if layer else ""
                 fresh[f"{prefix}running_mean"] = m.mean
                 fresh[f"{prefix}running_var"] = m.m2 / max(m.count - 1, 1)
+            replacements.append(fresh)
+        for level, fresh in enumerate(replacements):  # all of them, or none if one is not finite
+            own = dual.statistics(level)
             for name, value in fresh.items():
                 own[name].copy_(value)
 
@@ -108,7 +108,7 @@ def _observe(
 ) -> None:
     """Run the pruned model once; each of `layers` normalises by the batch and is accounted."""
     state = dual.pruned_state(level)
-    state.update({name: value.clone() for name, value in dual.statistics(level).items()})
+    state.update({name: value.clone() for name, value in statistics_of(dual.model).items()})
     modules = {name: m for name, m in _batch_norms(dual.model).items() if name in layers}
 
     def account(name: str, x: Tensor) -> None:
@@ -126,7 +126,7 @@ def _observe(
             into[name] = _Moments(count, mean, m2)
 
     with _watch_inputs(dual.model, modules, account):
-        functional_call(dual.model, state, args)
+        dual.run_pruned(state, args)
 
 
 def _batch_norms(model: nn.Module) -> dict[str, nn.Module]:

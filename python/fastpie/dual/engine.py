@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import copy
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from fastpie.dual.inputs import as_arguments, batch_size
+from fastpie.dual.inputs import as_arguments, batch_size, random_state
 from fastpie.dual.output import DualOutput, Features
 from fastpie.errors import FastpieError
 from fastpie.pruning.masks import Masks
@@ -67,17 +66,20 @@ class DualEngine:
         self.refresh()
 
     def refresh(self, masks: Masks | None = None) -> None:
-        """Take a new snapshot of the weights and statistics, and of `masks` where given.
+        """Take a new snapshot of the weights and statistics, with `masks` or else the model's.
+
+        The DualModel is not changed; the old snapshot stays in force if this raises.
 
         Raises:
             FastpieError: if the masks are another model's or have other levels, or the new
                 snapshot does not give what the model gives on the example.
         """
+        dual = copy.deepcopy(self._source).eval().requires_grad_(False)
         if masks is not None:
-            self._source.masks = masks
-        self._dual = copy.deepcopy(self._source).eval().requires_grad_(False)
-        self._states = [self._dual.pruned_state(i) for i in range(len(self._dual.sparsities))]
-        self._check()
+            dual.masks = masks
+        states = [dual.pruned_state(i) for i in range(len(dual.sparsities))]
+        self._check(dual, states)
+        self._dual, self._states = dual, states
 
     def __call__(self, *args: Any) -> DualOutput:
         """Both models on a batch of at most the compiled size.
@@ -100,7 +102,7 @@ class DualEngine:
                 f"Expected a batch of at most {self.batch}, the compiled size, but got "
                 f"{batch_size(args)}."
             )
-        return self._run(args)[0]
+        return self._run(self._dual, self._states, args)[0]
 
     def report(self) -> list[dict[str, Any]]:
         """What runs and how long it takes, measured now on the example.
@@ -108,40 +110,45 @@ class DualEngine:
         Returns:
             One row for each pass: layer, kernel chosen, seconds, and what it was chosen over.
         """
-        self._run(self._example)  # warm up
-        seconds = self._run(self._example)[1]
+        self._run(self._dual, self._states, self._example)  # warm up
+        seconds = self._run(self._dual, self._states, self._example)[1]
         names = ["dense"] + [f"pruned at {s:g}" for s in self._dual.sparsities]
         return [
             {"layer": f"{name}: whole model", "kernel": "torch", "seconds": t, "over": []}
             for name, t in zip(names, seconds, strict=True)
         ]
 
-    def _run(self, args: tuple[Any, ...]) -> tuple[DualOutput, list[float]]:
+    def _run(
+        self, dual: DualModel, states: list[dict[str, Tensor]], args: tuple[Any, ...]
+    ) -> tuple[DualOutput, list[float]]:
         """The outputs and the seconds of each pass (host time)."""
         outputs: list[Any] = []
         seconds = []
-        with torch.no_grad(), self._autocast(args), self._dual._watch_features() as seen:
-            for state in [None, *self._states]:
+        restore = random_state(args)
+        with torch.no_grad(), self._autocast(args), dual._watch_features() as seen:
+            for state in [None, *states]:
+                restore()
                 start = time.perf_counter()
                 if state is None:
-                    outputs.append(self._dual.model(*args))
+                    outputs.append(dual.model(*args))
                 else:
-                    outputs.append(functional_call(self._dual.model, state, args))
+                    outputs.append(dual.run_pruned(state, args))
                 seconds.append(time.perf_counter() - start)
-        features = None if seen is None else Features(seen[0], self._dual._stack(seen[1:]))
-        return DualOutput(outputs[0], self._dual._stack(outputs[1:]), features), seconds
+        features = None if seen is None else Features(seen[0], dual._stack(seen[1:]))
+        return DualOutput(outputs[0], dual._stack(outputs[1:]), features), seconds
 
     def _autocast(self, args: Any) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
+        """bf16 where the engine is; fp32 also inside an autocast of the caller."""
         device = next(t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
-        return torch.autocast(device.type, torch.bfloat16)
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
-    def _check(self) -> None:
+    def _check(self, dual: DualModel, states: list[dict[str, Tensor]]) -> None:
         """Hold the engine to DualModel on the example."""
+        restore = random_state(self._example)
         with torch.no_grad():
-            expected = self._dual(*self._example)
-        got = self._run(self._example)[0]
+            expected = dual(*self._example)
+        restore()
+        got = self._run(dual, states, self._example)[0]
         tolerance = _TOLERANCE[self.precision]
         for want, have in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
             if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fastpie.dual import calibration
 from fastpie.dual.engine import DualEngine
-from fastpie.dual.inputs import as_arguments
+from fastpie.dual.inputs import as_arguments, random_state
 from fastpie.dual.output import DualOutput, Features
 from fastpie.errors import FastpieError
 from fastpie.pruning.masks import Masks
@@ -89,7 +89,7 @@ class DualModel(nn.Module):
             _Buffers({k: v.detach().clone() for k, v in calibration.statistics_of(model).items()})
             for _ in self._sparsities
         )
-        self.train(model.training)
+        self.training = model.training
 
     @property
     def masks(self) -> Masks:
@@ -153,17 +153,13 @@ class DualModel(nn.Module):
         of_dense: tuple[tuple[Any, ...], dict[str, Any]],
         of_pruned: tuple[tuple[Any, ...], dict[str, Any]],
     ) -> DualOutput:
-        restore = _random_state(of_dense)
+        restore = random_state(of_dense)
         with self._watch_features() as seen:
             dense = self.model(*of_dense[0], **of_dense[1])
             pruned = []
             for level in range(len(self._sparsities)):
                 restore()
-                pruned.append(
-                    functional_call(
-                        self.model, self.pruned_state(level), of_pruned[0], of_pruned[1]
-                    )
-                )
+                pruned.append(self.run_pruned(self.pruned_state(level), of_pruned[0], of_pruned[1]))
         features = None
         if seen is not None:
             if len(seen) != 1 + len(pruned):
@@ -181,10 +177,40 @@ class DualModel(nn.Module):
         What `torch.func.functional_call(model, ...)` needs to run the pruned model. The statistics
         are the buffers themselves: a call in training mode updates them.
         """
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        state = {name: parameters[name] * (codes > level) for name, codes in self._levels.items()}
+        state = self.at_every_site(lambda weight, codes: weight * (codes > level))
         state.update(self._statistics[level].items())  # type: ignore[operator]
         return state
+
+    def at_every_site(self, change: Any) -> dict[str, Tensor]:
+        """change(weight, levels) of each masked weight, once, by every place that holds it."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        changed = {
+            id(parameters[name]): change(parameters[name], codes)
+            for name, codes in self._levels.items()
+        }
+        return {
+            f"{prefix}.{name}" if prefix else name: changed[id(parameter)]
+            for prefix, module in self.model.named_modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in changed
+        }
+
+    def run_pruned(
+        self, state: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """The module tree with `state` in place of its tensors.
+
+        Buffers not in `state` are lent as copies, so that only the dense pass writes to them.
+        tie_weights=False: torch's tying swaps a module that has two names twice and leaves the
+        swapped weight behind; `state` names every place itself.
+        """
+        others = {
+            f"{prefix}.{name}" if prefix else name: buffer.clone()
+            for prefix, module in self.model.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+        return functional_call(self.model, {**others, **state}, args, kwargs, tie_weights=False)
 
     def recalibrate(self, batches: Iterable[Any]) -> DualModel:
         """Replace the pruned model's BatchNorm statistics by those of data, level by level.
@@ -228,6 +254,21 @@ class DualModel(nn.Module):
         """The pruned model's normalisation buffers at one level, by name in `model`."""
         return dict(self._statistics[level].items())  # type: ignore[operator]
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """The levels, which belong to the masks that state_dict() holds."""
+        return {"sparsities": self._sparsities, "is_ladder": self._is_ladder}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take the levels of a stored dual model with as many of them."""
+        if len(state["sparsities"]) != len(self._sparsities) or (
+            state["is_ladder"] != self._is_ladder
+        ):
+            raise FastpieError(
+                f"Expected the state of a dual model with levels like {self._sparsities}, but got "
+                f"{state['sparsities']}."
+            )
+        self._sparsities = list(state["sparsities"])
+
     def _stack(self, outputs: list[Any]) -> Any:
         if not self._is_ladder:
             return outputs[0]
@@ -244,7 +285,10 @@ class DualModel(nn.Module):
             return
         seen: list[Any] = []
         handle = self.model.get_submodule(self.feature_module).register_forward_hook(
-            lambda module, inputs, output: seen.append(output)
+            lambda module, inputs, output: seen.append(
+                # A later operation in place (ReLU) must not change what is handed out.
+                pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
+            )
         )
         try:
             yield seen
@@ -264,21 +308,3 @@ class _Buffers(nn.Module):
         for name, tensor in self._buffers.items():
             assert tensor is not None
             yield name.replace("/", "."), tensor
-
-
-def _random_state(inputs: Any) -> Any:
-    """A function that puts the random generators back to where they are now.
-
-    The CPU's, and those of the devices that the inputs live on.
-    """
-    cpu = torch.get_rng_state()
-    devices = {t.device for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)}
-    modules = {d: torch.get_device_module(d) for d in devices if d.type not in ("cpu", "meta")}
-    states = {d: module.get_rng_state(d) for d, module in modules.items()}
-
-    def restore() -> None:
-        torch.set_rng_state(cpu)
-        for device, state in states.items():
-            modules[device].set_rng_state(state, device)
-
-    return restore

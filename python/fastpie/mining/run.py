@@ -218,7 +218,7 @@ class _Run:
             **options,
         }
         fingerprints = {
-            "model": digest_of(self.source.model.state_dict()),
+            "model": digest_of(_tensors(self.source.model)),
             "masks": digest_of(masks.levels),
             "statistics": digest_of(_statistics(self.source)),
             "data": f"{len(self.plan)} samples, {self.plan.fingerprint()}",
@@ -538,17 +538,17 @@ def _statistics(dual: DualModel) -> dict[str, Tensor]:
 
 
 def _check_finite(dual: DualModel) -> None:
-    for name, tensor in dual.model.state_dict().items():
-        if (
-            isinstance(tensor, Tensor)
-            and tensor.is_floating_point()
-            and not tensor.isfinite().all()
-        ):
+    for name, tensor in _tensors(dual.model).items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise FastpieError(
                 f"Expected finite weights, but `{name}` holds {count} NaN or infinite of "
                 f"{tensor.numel()}."
             )
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
 
 
 def _device_of(dual: DualModel) -> torch.device:

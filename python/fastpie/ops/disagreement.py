@@ -175,15 +175,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     dense, pruned, labels = ctx.saved_tensors
+    # Scores that are NaN come with a zero incoming gradient, and zero times NaN must stay zero on
+    # the way back: the twin runs on finite logits, a class of probability zero at -1e30 among them.
+    leaves = [
+        x.detach().double().nan_to_num(0.0, 0.0, -1e30).requires_grad_() for x in (dense, pruned)
+    ]
     with torch.enable_grad():
-        leaves = [dense.detach().requires_grad_(), pruned.detach().requires_grad_()]
         scores = reference.disagreement(leaves[0], leaves[1], labels, ctx.task)
-    # NaN scores (no labels, a constant row) come with a zero incoming gradient, which must stay
-    # zero and not become NaN on the way.
-    used = gradient != 0
-    of_dense, of_pruned = torch.autograd.grad(
-        scores[used], leaves, gradient[used].to(scores.dtype), allow_unused=True
-    )
+    of_dense, of_pruned = torch.autograd.grad(scores, leaves, gradient.double())
+    unusable = [(x.isnan() | (x == torch.inf)).any(-1) for x in (dense, pruned)]
+    bad = (unusable[0] | unusable[1]).unsqueeze(-1)
+    of_pruned = of_pruned.masked_fill(bad, 0.0)
+    of_dense = of_dense.masked_fill(unusable[0].unsqueeze(-1), 0.0)
+    of_dense, of_pruned = of_dense.to(dense.dtype), of_pruned.to(pruned.dtype)
     return of_dense, of_pruned, None, None
 
 

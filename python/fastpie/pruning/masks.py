@@ -66,6 +66,10 @@ class Masks(Mapping[str, Tensor]):
             raise FastpieError(f"Expected 1 to {_MAX_LEVELS} levels, but got {len(sparsities)}.")
         if not is_ladder and len(self.sparsities) != 1:
             raise FastpieError(f"Expected one sparsity without a ladder, but got {sparsities}.")
+        if not all(0 <= s <= 1 for s in self.sparsities) or any(
+            b <= a for a, b in zip(self.sparsities, self.sparsities[1:], strict=False)
+        ):
+            raise FastpieError(f"Expected levels in [0, 1] that increase, but got {sparsities}.")
         for name, level in levels.items():
             if level.dtype is not torch.uint8:
                 raise FastpieError(f"Expected levels of `{name}` as uint8, but got {level.dtype}.")
@@ -87,6 +91,7 @@ class Masks(Mapping[str, Tensor]):
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         levels, kept, total = {}, 0, 0
+        holders: dict[int, str] = {}
         for name, mask in masks.items():
             if name not in parameters:
                 raise FastpieError(
@@ -97,6 +102,11 @@ class Masks(Mapping[str, Tensor]):
                 raise FastpieError(
                     f"Expected the mask of `{name}` to be bool of shape "
                     f"{list(parameters[name].shape)}, but got {mask.dtype} {list(mask.shape)}."
+                )
+            other = holders.setdefault(id(parameters[name]), name)
+            if other != name:
+                raise FastpieError(
+                    f"Expected one mask of the weight `{other}`, but `{name}` shares it."
                 )
             levels[name] = mask.detach().cpu().contiguous().to(torch.uint8)
             kept, total = kept + int(mask.sum()), total + mask.numel()
@@ -183,6 +193,11 @@ class Masks(Mapping[str, Tensor]):
     @staticmethod
     def fingerprint_of(model: nn.Module) -> str:
         """Hash of the names and shapes of a model's parameters."""
+        lazy = [n for n, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+        if lazy:
+            raise FastpieError(
+                f"Expected initialised parameters, but {lazy} are lazy; run one batch."
+            )
         shapes = [(name, list(p.shape)) for name, p in model.named_parameters()]
         return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
@@ -237,13 +252,14 @@ class Masks(Mapping[str, Tensor]):
             flat = level.cpu().reshape(-1).numpy()
             planes[name] = np.stack([np.packbits((flat >> b) & 1) for b in range(bits)])
         header = {
+            "format": _FORMAT,
             "sparsities": self.sparsities,
             "is_ladder": self.is_ladder,
             "fingerprint": self.fingerprint,
             "shapes": {name: list(level.shape) for name, level in self._levels.items()},
             "info": self.info,
         }
-        data = save(planes, metadata={"format": _FORMAT, "header": json.dumps(header)})
+        data = save(planes, metadata={"header": json.dumps(header)})
         write_atomically(Path(path), data)
 
     @classmethod
@@ -260,15 +276,12 @@ class Masks(Mapping[str, Tensor]):
             with safe_open(path, framework="np") as file:
                 metadata = file.metadata() or {}
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, TypeError) as error:  # TypeError: bf16 in NumPy
             raise FastpieError(f"Expected masks in safetensors at {path}, but: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise FastpieError(
-                f"Expected masks of format {_FORMAT!r} at {path}, but got "
-                f"{metadata.get('format')!r}."
-            )
         try:
             header = json.loads(metadata["header"])
+            if header["format"] != _FORMAT:
+                raise ValueError(f"format {header['format']!r} instead of {_FORMAT!r}")
             bits = _bits(len(header["sparsities"]))
             levels = {}
             for name, shape in header["shapes"].items():
@@ -286,7 +299,7 @@ class Masks(Mapping[str, Tensor]):
                 fingerprint=header["fingerprint"],
                 info=header["info"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise FastpieError(f"Expected complete masks at {path}, but: {error!r}") from error
 
 

@@ -60,7 +60,11 @@ def prune(
         raise FastpieError(f"Expected `method` to be one of {_METHODS}, but got {method!r}.")
     if scope not in _SCOPES:
         raise FastpieError(f"Expected `scope` to be one of {_SCOPES}, but got {scope!r}.")
-    is_ladder = not isinstance(sparsity, int | float | np.floating)
+    if seed is not None and seed < 0:
+        raise FastpieError(f"Expected `seed` of at least 0, but got {seed}.")
+    if not isinstance(model, nn.Module):
+        raise FastpieError(f"Expected `model` to be an nn.Module, but got {type(model).__name__}.")
+    is_ladder = np.ndim(sparsity) > 0
     sparsities = _checked_sparsities(sparsity)
     weights = prunable_weights(model, modules=modules, exclude=exclude)
 
@@ -102,7 +106,12 @@ def prunable_weights(
     """
     excluded = _checked_exclude(model, exclude)
     found: dict[str, nn.Parameter] = {}
-    seen: set[int] = set()
+    # A tensor shared with an excluded module is left alone under every name it has.
+    seen: set[int] = {
+        id(p)
+        for name, p in model.named_parameters(remove_duplicate=False)
+        if any(name == e or name.startswith(f"{e}.") for e in excluded)
+    }
     for prefix, module in model.named_modules():
         if not isinstance(module, modules):
             continue
@@ -152,6 +161,8 @@ def _checked_exclude(model: nn.Module, exclude: Iterable[str]) -> set[str]:
 
 def _checked_sparsities(sparsity: float | Sequence[float]) -> list[float]:
     try:
+        if np.asarray(sparsity).dtype.kind not in "iuf":  # numbers in strings, booleans, None
+            raise TypeError
         sparsities = [float(s) for s in np.atleast_1d(np.asarray(sparsity, dtype=np.float64))]
     except (TypeError, ValueError) as error:
         raise FastpieError(
@@ -160,6 +171,8 @@ def _checked_sparsities(sparsity: float | Sequence[float]) -> list[float]:
         ) from error
     if not sparsities or not all(0 <= s < 1 for s in sparsities):  # NaN fails too
         raise FastpieError(f"Expected every sparsity to lie in [0, 1), but got {sparsity!r}.")
+    if len(sparsities) > 255:
+        raise FastpieError(f"Expected 1 to 255 levels, but got {len(sparsities)}.")
     if any(b <= a for a, b in itertools.pairwise(sparsities)):
         raise FastpieError(f"Expected the levels to increase strictly, but got {sparsities}.")
     return sparsities

@@ -38,7 +38,7 @@ def disagreement(
                               minus the second; multilabel with labels: lowest positive minus
                               highest negative, 0 standing in for a side that the row has not;
                               NaN for a single class
-    drift                     L2 distance of the L2-normalised rows, in [0, 2]
+    drift                     L2 distance of the L2-normalised rows, in [0, 2]; NaN with -inf logits
     loss_dense, loss_pruned   with labels: cross-entropy, in nats; multilabel: mean binary
                               cross-entropy over the known classes
     damage                    with labels: loss_pruned - loss_dense
@@ -46,9 +46,10 @@ def disagreement(
 
     "segmentation" gives `iou` (of the predicted classes without background 0, with C == 1 of the
     foreground at probability .5; 1 where both predict none) and `iou_soft` (sum of minima over sum
-    of maxima of the probabilities), "embedding" gives `drift`.
+    of maxima of the probabilities), "embedding" gives `drift`; these two do not use labels.
 
-    Differentiable once (all but spearman, flip and iou). Sources: docs/design and
+    Differentiable once (all but spearman, flip and iou). The check of the labels' values reads them
+    on the host; inside `torch.compile(fullgraph=True)` call `fastpie.ops.disagreement`. Sources: docs/design and
     `fastpie.ops.reference`, which spells every formula out.
 
     Args:
@@ -66,6 +67,16 @@ def disagreement(
     """
     if task not in TASKS:
         raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
+    for name, tensor in (("dense", dense), ("pruned", pruned), ("labels", labels)):
+        if not isinstance(tensor, Tensor) and not (name == "labels" and tensor is None):
+            raise FastpieError(
+                f"Expected `{name}` to be a tensor, but got {type(tensor).__name__}."
+            )
+    if not dense.is_floating_point() or pruned.dtype is not dense.dtype:
+        raise FastpieError(
+            "Expected `dense` and `pruned` to be of one floating dtype, but got "
+            f"{dense.dtype} and {pruned.dtype}."
+        )
     least = 3 if task == "segmentation" else 2
     if dense.ndim < least or (task != "segmentation" and dense.ndim != 2):
         shape = "[N, C, H, ...]" if task == "segmentation" else "[N, C]"
