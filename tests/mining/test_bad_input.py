@@ -47,9 +47,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_files_among_good_ones(
-    workers: int, folder: Path, dual: Dual, tmp_path: Path
-) -> None:
+def test_bad_files_among_good_ones(workers: int, folder: Path, dual: Dual, tmp_path: Path) -> None:
     clean = fastpie.mine(dual(), Files(folder), tmp_path / "clean", batch_size=4).table
     (folder / "02.png").write_bytes(b"")
     whole = (folder / "05.png").read_bytes()
@@ -94,9 +92,9 @@ def test_an_empty_data_set(dual: Dual, samples: Any, tmp_path: Path) -> None:
 
 def test_duplicate_ids(dual: Dual, images: Any, samples: Any, tmp_path: Path) -> None:
     x = images(3)
-    with pytest.raises(fastpie.FastpieError, match="unique.*'a'"):
+    with pytest.raises(fastpie.FastpieError, match=r"unique.*'a'"):
         fastpie.mine(dual(), samples([(i, 0) for i in x], ["a", "b", "a"]), tmp_path / "1")
-    with pytest.raises(fastpie.FastpieError, match="unique.*'7'"):
+    with pytest.raises(fastpie.FastpieError, match=r"unique.*'7'"):
         fastpie.mine(dual(), samples([(i, 0, 7) for i in x]), tmp_path / "2")
     with pytest.raises(fastpie.FastpieError, match="each of the 3"):
         fastpie.mine(dual(), samples([(i, 0) for i in x]), tmp_path / "3", sample_ids=["a"])
@@ -187,7 +185,7 @@ def test_data_without_fixed_samples(dual: Dual, tmp_path: Path) -> None:
         def __iter__(self) -> Any:
             yield torch.ones(1, 8, 8), 0
 
-    with pytest.raises(fastpie.FastpieError, match="map-style.*Stream"):
+    with pytest.raises(fastpie.FastpieError, match=r"map-style.*Stream"):
         fastpie.mine(dual(), Stream(), tmp_path)
 
 
@@ -223,7 +221,7 @@ def test_images_that_the_model_does_not_take(
     shape: tuple[int, ...], dual: Dual, samples: Any, tmp_path: Path
 ) -> None:
     data = samples([(torch.zeros(shape), 0)] * 2, ["a", "b"])
-    with pytest.raises(fastpie.FastpieError, match=f"{list((64, *shape))}".replace("[", r"\[")):
+    with pytest.raises(fastpie.FastpieError, match=f"{[64, *shape]}".replace("[", r"\[")):
         fastpie.mine(dual(), data, tmp_path)
 
 

@@ -66,8 +66,8 @@ def test_a_single_label_of_another_kind_costs_its_sample_only(
     [
         ([torch.eye(3)[i % 3] for i in range(5)], "multiclass", "class indices.*multilabel"),
         (["cat", "dog", "cat", "dog", "cat"], "multiclass", "of str"),
-        ([7, 8, 9, 7, 8], "multiclass", "of the first batch none can.*got 7"),
-        ([0.3, 0.4, 0.5, 0.2, 0.7], "multiclass", "of the first batch none can.*got 0.3"),
+        ([7, 8, 9, 7, 8], "multiclass", "of the first 5 of 5 none can.*got 7"),
+        ([0.3, 0.4, 0.5, 0.2, 0.7], "multiclass", "of the first 5 of 5 none can.*got 0.3"),
         ([0, 1, 2, 0, 1], "multilabel", r"\[5, 3\]"),
         ([torch.ones(4)] * 5, "multilabel", r"\[5, 3\]"),
         ([torch.full((3,), 2.0)] * 5, "multilabel", "0, 1 or NaN"),

@@ -17,8 +17,8 @@ import fastpie
 
 COUNT = 240
 
-SCRIPT = '''
-import sys, time
+SCRIPT = """
+import os, sys, time
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -26,7 +26,6 @@ import fastpie, fastpie.mining.run
 
 folder, pause, workers = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 fastpie.mining.run._PART_SECONDS = 0.0  # a batch a part
-fastpie.mining.run._RECALIBRATION_SAMPLES = 16
 torch.set_num_threads(1)
 torch.manual_seed(0)
 
@@ -39,8 +38,9 @@ class Generated(Dataset):
 
     def __getitem__(self, index):
         number = int(self.sample_ids[index][5:])
-        # With workers to be killed: after a quick start each is caught in a slow read.
-        time.sleep(8 if workers and pause and number >= 24 else pause)
+        if os.path.exists(folder + "/run.json"):  # a quick start
+            # With workers to be killed: each is caught in a slow read.
+            time.sleep(8 if workers and pause and number >= 24 else pause)
         if number % 31 == 4:
             raise OSError(f"cannot read {number}")
         label = 99 if number % 53 == 7 else number % 3
@@ -61,7 +61,7 @@ fastpie.mine(
     keep_logits=True,
     recalibrate=not workers,
 )
-'''.replace("COUNT", str(COUNT))
+""".replace("COUNT", str(COUNT))
 
 
 @pytest.fixture
@@ -102,6 +102,10 @@ def finish(script: Path, folder: Path, workers: int = 0) -> None:
         assert process.wait(timeout=120) == 0, errors_of(script)
 
 
+def parts_in(folder: Path) -> int:
+    return len(list(folder.glob("scores/part-*.parquet")))
+
+
 def check_equal(folder: Path, whole: Path) -> None:
     result, want = fastpie.MiningResult(folder), fastpie.MiningResult(whole)
     assert result.table.equals(want.table)
@@ -122,12 +126,17 @@ def test_ten_kills(script: Path, tmp_path: Path) -> None:
     print(f"seed {seed}")  # shown where the test fails
     instants = random.Random(seed)
     folder, progress = tmp_path / "run", []
-    for _ in range(10):
+    for kill in range(10):
         with started(script, folder, pause=0.02) as process:
-            time.sleep(instants.uniform(0.0, 0.4))  # 4 s in all, and all samples take 4.8
+            # By turns at the start, and up to some parts after the next one is written: 60 parts
+            # of 80 ms at least are not done by then.
+            while kill % 2 and parts_in(folder) == progress[-1]:
+                assert process.poll() is None, errors_of(script)
+                time.sleep(0.002)
+            time.sleep(instants.uniform(0.0, 0.4 if kill % 2 else 0.2))
             assert process.poll() is None, f"ended by itself; {progress}; {errors_of(script)}"
         assert process.returncode == -9
-        progress.append(len(list(folder.glob("scores/*.parquet"))))
+        progress.append(parts_in(folder))
     print(f"parts after each kill: {progress}")
     assert progress == sorted(progress)  # nothing written is lost
     finish(script, folder)
@@ -140,7 +149,7 @@ def test_a_kill_with_worker_processes(script: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with started(script, folder, pause=0.01, workers=2) as process:
         deadline = time.monotonic() + 60
-        while len(list(folder.glob("scores/*.parquet"))) < 5:
+        while parts_in(folder) < 5:
             assert process.poll() is None, errors_of(script)
             assert time.monotonic() < deadline
             time.sleep(0.05)

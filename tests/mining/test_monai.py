@@ -91,5 +91,7 @@ def test_monai_data_set_without_a_loader(
 ) -> None:
     """torch's collate function serves for MetaTensors too."""
     one = fastpie.mine(dual(), Dataset(files, transform()), tmp_path / "a", batch_size=4)
-    two = fastpie.mine(dual(), DataLoader(Dataset(files, transform()), batch_size=4), tmp_path / "b")
+    two = fastpie.mine(
+        dual(), DataLoader(Dataset(files, transform()), batch_size=4), tmp_path / "b"
+    )
     assert one.table.equals(two.table)

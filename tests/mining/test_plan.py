@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,14 +29,14 @@ def test_every_position_is_in_one_batch_and_one_part(
 ) -> None:
     plan = Plan([f"{i:03d}" for i in range(count)], list(range(count)), batch_size, per_part)
     batches = [plan.positions(b) for b in range(plan.batches)]
-    assert sum(batches, []) == list(range(count))
+    assert list(chain(*batches)) == list(range(count))
     assert all(len(b) == batch_size for b in batches[:-1])
     assert 1 <= len(batches[-1]) <= batch_size
     parts = [list(plan.samples_of(p)) for p in range(plan.parts)]
-    assert sum(parts, []) == list(range(count))
+    assert list(chain(*parts)) == list(range(count))
     for number, part in enumerate(parts):
         assert {plan.part_of(position) for position in part} == {number}
-        assert sum((plan.positions(b) for b in plan.batches_of(number)), []) == part
+        assert list(chain(*map(plan.positions, plan.batches_of(number)))) == part
 
 
 def test_ids_are_made_strings() -> None:

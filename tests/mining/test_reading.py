@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from fastpie import FastpieError
 from fastpie.mining.plan import Plan
-from fastpie.mining.reading import Batch, Reader, Sample, parse_item, path_of, shapes_of
+from fastpie.mining.reading import Batch, Kind, Reader, Sample, parse_item, path_of, shapes_of
 
 Case = namedtuple("Case", ["image", "label", "sample_id"])
 
@@ -25,15 +25,16 @@ def read_all(
     shape: Any,
     batch_size: int | None = None,
     workers: int | None = None,
+    labelled: bool = True,
     **options: Any,
 ) -> list[Batch]:
     """Every batch, in the data set's own order."""
     reader = Reader(data, batch_size=batch_size, num_workers=workers)
     count = len(reader.dataset)
     plan = Plan([f"{i:03d}" for i in range(count)], list(range(count)), reader.batch_size)
-    options = {"labelled": True, **options}
+    like = Kind(shape, [] if labelled else None)
     positions = [plan.positions(b) for b in range(plan.batches)]
-    return list(reader.read(plan, positions, image_shape=shape, **options))
+    return list(reader.read(plan, positions, like=like, **options))
 
 
 def forms(image: Tensor, label: int, sample_id: str) -> dict[str, Any]:
@@ -297,7 +298,8 @@ def test_read_one(samples: Any) -> None:
 
 def test_paths() -> None:
     class Folder(Dataset):
-        samples = [("a.png", 0), ("b.png", 1)]
+        def __init__(self) -> None:
+            self.samples = [("a.png", 0), ("b.png", 1)]
 
         def __len__(self) -> int:
             return 2

@@ -27,9 +27,7 @@ def test_statistics_are_those_of_the_chosen_samples(
     bad = chosen[2]
     x = images(20)
     model = dual("normalised", [0.3, 0.7])
-    result = fastpie.mine(
-        model, labelled(20, bad={bad: OSError("gone")}), tmp_path, batch_size=3
-    )
+    result = fastpie.mine(model, labelled(20, bad={bad: OSError("gone")}), tmp_path, batch_size=3)
     groups = [[i for i in chosen[j : j + 3] if i != bad] for j in (0, 3, 6)]
     model.recalibrate([x[group] for group in groups])
     stored = load_file(tmp_path / "recalibration.safetensors")
@@ -110,9 +108,7 @@ def test_no_readable_sample_among_the_chosen(
     data = labelled(8, bad=dict.fromkeys(plan.lowest_hashes(2), OSError("gone")))
     with pytest.raises(fastpie.FastpieError, match="recalibrate=False"):
         fastpie.mine(dual("normalised"), data, tmp_path / "a", batch_size=4)
-    fine = fastpie.mine(
-        dual("normalised"), data, tmp_path / "b", batch_size=4, recalibrate=False
-    )
+    fine = fastpie.mine(dual("normalised"), data, tmp_path / "b", batch_size=4, recalibrate=False)
     assert fine.table.num_rows == 6
     # Without BatchNorm there is nothing to recalibrate.
     assert fastpie.mine(dual("plain"), data, tmp_path / "c", batch_size=4).table.num_rows == 6

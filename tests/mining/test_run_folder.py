@@ -64,7 +64,10 @@ def test_another_configuration_is_refused(
     assert snapshot(run) == before
     # The run itself goes on.
     again = fastpie.mine(
-        dual("normalised"), labelled(12, bad={5: OSError("gone")}), run, batch_size=4,
+        dual("normalised"),
+        labelled(12, bad={5: OSError("gone")}),
+        run,
+        batch_size=4,
         keep_logits=True,
     )
     assert len(again) == 11
@@ -124,9 +127,7 @@ def test_a_torn_part_is_done_again(
 def test_a_torn_errors_table_is_told(run: Path, dual: Dual, labelled: Any) -> None:
     (run / "errors.parquet").write_bytes(b"PAR1")
     with pytest.raises(fastpie.FastpieError, match=r"errors\.parquet"):
-        fastpie.mine(
-            dual("normalised"), labelled(12), run, batch_size=4, keep_logits=True
-        )
+        fastpie.mine(dual("normalised"), labelled(12), run, batch_size=4, keep_logits=True)
 
 
 def test_leftover_temporary_files_are_removed(run: Path, dual: Dual, labelled: Any) -> None:

@@ -272,8 +272,8 @@ def test_an_entry_must_be_named(
         fastpie.mine(Wrapped(network(), kind), labelled(5), tmp_path / "a")
     with pytest.raises(fastpie.FastpieError, match=outline):
         fastpie.mine(Wrapped(network(), kind), labelled(5), tmp_path / "b", output="other")
+    entry: Any = "aux" if kind == "dict" else 0
     with pytest.raises(fastpie.FastpieError, match=r"\[N, C\]"):
-        entry: Any = "aux" if kind == "dict" else 0
         fastpie.mine(Wrapped(network(), kind), labelled(5), tmp_path / "c", output=entry)
 
 

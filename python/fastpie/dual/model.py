@@ -5,6 +5,7 @@ This is the truth that every engine is held to. It is written to be obvious, not
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -254,12 +255,17 @@ class DualModel(nn.Module):
         """The pruned model's normalisation buffers at one level, by name in `model`."""
         return dict(self._statistics[level].items())  # type: ignore[operator]
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """The levels, which belong to the masks that state_dict() holds."""
-        return {"sparsities": self._sparsities, "is_ladder": self._is_ladder}
+    def get_extra_state(self) -> Tensor:
+        """The levels, which belong to the masks that state_dict() holds: JSON in a uint8 tensor.
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
+        A tensor, so that state_dict() holds tensors only (safetensors, weight averaging).
+        """
+        text = json.dumps({"sparsities": self._sparsities, "is_ladder": self._is_ladder})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, stored: Tensor) -> None:
         """Take the levels of a stored dual model with as many of them."""
+        state = json.loads(bytes(stored.tolist()))
         if len(state["sparsities"]) != len(self._sparsities) or (
             state["is_ladder"] != self._is_ladder
         ):

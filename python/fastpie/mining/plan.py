@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from fastpie.errors import FastpieError
 
-__all__ = ["Plan", "known_sample_ids"]
+__all__ = ["Plan", "known_sample_ids", "text_id"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Plan:
         Raises:
             FastpieError: for no samples, or for ids that are empty or not unique.
         """
-        ids = [str(i) for i in sample_ids]
+        ids = [text_id(i) for i in sample_ids]
         if not ids:
             raise FastpieError("Expected a data set with at least one sample, but it is empty.")
         if batch_size < 1:
@@ -56,6 +56,12 @@ class Plan:
             )
         if "" in ids:
             raise FastpieError(f"Expected sample ids, but sample {ids.index('')} has an empty one.")
+        unwritable = [i for i in ids if not i.isascii() and not _is_utf8(i)]
+        if unwritable:
+            raise FastpieError(
+                f"Expected sample ids that are text in UTF-8, but got {unwritable[0]!r} (a file name "
+                "in another encoding?)."
+            )
         order = sorted(range(len(ids)), key=ids.__getitem__)
         return cls([ids[i] for i in order], order, batch_size)
 
@@ -107,6 +113,19 @@ class Plan:
             return hashlib.blake2b(self.sample_ids[position].encode(), digest_size=16).digest()
 
         return heapq.nsmallest(count, range(len(self)), key=key)
+
+
+def text_id(sample_id: Any) -> str:
+    """A sample id as text; a number in a tensor or array is the number."""
+    return str(sample_id.item() if hasattr(sample_id, "item") else sample_id)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def known_sample_ids(dataset: Any) -> Sequence[Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,12 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    default_collate,
+    default_convert,
+    get_worker_info,
+)
 
 from fastpie.errors import FastpieError
-from fastpie.mining.plan import Plan
+from fastpie.mining.plan import Plan, text_id
 
-__all__ = ["Batch", "Problem", "Reader", "Sample", "parse_item", "path_of", "shapes_of"]
+__all__ = ["Batch", "Kind", "Problem", "Reader", "Sample", "parse_item", "path_of"]
 
 
 class Sample(NamedTuple):
@@ -29,7 +38,7 @@ class Problem(NamedTuple):
     """Why the sample at a position cannot be scored."""
 
     position: int
-    stage: str  # read, image, collate, label or score
+    stage: str  # read, id, image, label, collate or score
     error: str
 
 
@@ -85,9 +94,10 @@ def path_of(dataset: Any, index: int) -> str | None:
             entries = getattr(dataset, attribute, None)
             if entries is not None:
                 entry = entries[index]
-                return str(entry[0] if isinstance(entry, tuple | list) else entry)
-        entry = dataset.data[index]
-        return str(entry["image"]) if isinstance(entry["image"], str) else None
+                entry = entry[0] if isinstance(entry, tuple | list) else entry
+                return os.fspath(entry) if isinstance(entry, str | os.PathLike) else None
+        entry = dataset.data[index]["image"]
+        return os.fspath(entry) if isinstance(entry, str | os.PathLike) else None
     except (AttributeError, IndexError, KeyError, TypeError):
         return None
 
@@ -116,12 +126,13 @@ class Reader:
         self._collate: Callable[[list[Any]], Any] = default_collate
         if isinstance(data, DataLoader):
             dataset: Any = data.dataset
-            lent = data.batch_size or getattr(data.batch_sampler, "batch_size", None)
-            batch_size = batch_size or lent
+            if batch_size is None:
+                batch_size = data.batch_size or getattr(data.batch_sampler, "batch_size", None)
             num_workers = data.num_workers if num_workers is None else num_workers
-            if data.collate_fn is not None:
+            if data.collate_fn not in (None, default_convert):  # the latter makes no batches
                 self._collate = data.collate_fn
-            self._options["worker_init_fn"] = data.worker_init_fn
+            if data.worker_init_fn is not None:
+                self._options["worker_init_fn"] = _WorkerInit(data.worker_init_fn)
             if num_workers:
                 self._options["timeout"] = data.timeout
                 self._options["multiprocessing_context"] = data.multiprocessing_context
@@ -135,7 +146,7 @@ class Reader:
                 f"run finds again, but got {type(dataset).__name__}."
             )
         self.dataset = dataset
-        self.batch_size = batch_size or 64
+        self.batch_size = 64 if batch_size is None else batch_size
         self._workers = num_workers or 0
 
     def read_one(self, index: int) -> Sample | str:
@@ -149,7 +160,12 @@ class Reader:
         """Every sample's id, by reading every sample; `#index` where one cannot be read."""
         ids: list[str] = []
         loader = DataLoader(
-            _Ids(self.dataset), batch_size=256, num_workers=self._workers, collate_fn=list
+            _Ids(self.dataset),
+            batch_size=256,
+            num_workers=self._workers,
+            collate_fn=list,
+            generator=torch.Generator(),
+            **self._options,
         )
         for chunk in loader:
             ids.extend(chunk)
@@ -161,8 +177,8 @@ class Reader:
         plan: Plan,
         batches: Iterable[Sequence[int]],
         *,
-        labelled: bool,
-        image_shape: Any = None,
+        like: Kind,
+        check_ids: bool = False,
         pin_memory: bool = False,
     ) -> Iterator[Batch]:
         """Batches of the given positions, in order, every slot filled.
@@ -170,25 +186,61 @@ class Reader:
         Args:
             plan: where the positions lie in the data set.
             batches: positions of each batch.
-            labelled: whether a sample without a label is a problem.
-            image_shape: shapes that every image must have (`shapes_of`); None for batches of one,
-                in which images may differ.
+            like: what every sample must be like.
+            check_ids: whether the ids in the items must be those of the plan.
             pin_memory: for a copy to the GPU that overlaps.
         """
         loader = DataLoader(
-            _Slots(self.dataset, plan.order),
+            _Slots(self.dataset, plan, check_ids),
             batch_sampler=[list(b) for b in batches],
             num_workers=self._workers,
-            collate_fn=_Collate(self._collate, self.batch_size, labelled, image_shape),
+            collate_fn=_Collate(self._collate, self.batch_size, like),
             pin_memory=pin_memory,
+            generator=torch.Generator(),  # leaves the caller's random state alone
             **self._options,
         )
         yield from loader
 
 
-def shapes_of(image: Any) -> Any:
-    """Shapes of the tensors and arrays of an image, as lists, in its own structure."""
+class Kind(NamedTuple):
+    """What the samples of a run are like; plain values that JSON can hold.
+
+    Attributes:
+        image: shapes of the tensors of an image; None where they may differ (batches of one).
+        label: shape of a label, or the name of its type; None for a run without labels.
+    """
+
+    image: list[list[int]] | None
+    label: list[int] | str | None
+
+    @classmethod
+    def of_most(cls, samples: Sequence[Sample], *, labelled: bool, batch_size: int) -> Kind:
+        """What most of some samples are like, so that an odd one among them decides nothing."""
+
+        def most(values: list[Any]) -> Any:
+            return max(values, key=values.count)  # the first of equally many
+
+        image = most([shapes_of(s.image) for s in samples])
+        label = most([label_kind(s.label) for s in samples]) if labelled else None
+        return cls(None if batch_size == 1 else image, label)
+
+
+def shapes_of(image: Any) -> list[list[int]]:
+    """Shapes of the tensors and arrays of an image, in its own order."""
     return [list(leaf.shape) for leaf in _arrays(image)]
+
+
+def label_kind(label: Any) -> list[int] | str | None:
+    """Shape of a label, [] for a number; the name of its type for what has none; None for None."""
+    if label is None:
+        return None
+    if isinstance(label, Tensor | np.ndarray | np.generic):
+        return list(label.shape)
+    if isinstance(label, int | float):
+        return []
+    if isinstance(label, list | tuple) and all(isinstance(v, int | float) for v in label):
+        return [len(label)]
+    return type(label).__name__
 
 
 def _arrays(image: Any) -> list[Any]:
@@ -213,61 +265,84 @@ class _Ids(Dataset[str]):
         except Exception:
             # The error itself is recorded when the sample is read to be scored.
             return f"#{index}"
-        return f"#{index}" if sample_id is None else str(sample_id)
+        return f"#{index}" if sample_id is None else text_id(sample_id)
 
 
 class _Slots(Dataset[Any]):
-    """The data set by position; an exception becomes the value of the slot."""
+    """The data set by position; what goes wrong becomes the value of the slot."""
 
-    def __init__(self, dataset: Any, order: Sequence[int]) -> None:
+    def __init__(self, dataset: Any, plan: Plan, check_ids: bool) -> None:
         self.dataset = dataset
-        self.order = order
+        self.plan = plan
+        self.check_ids = check_ids
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.plan)
 
-    def __getitem__(self, position: int) -> tuple[int, Any, str | None]:
+    def __getitem__(self, position: int) -> tuple[int, Any, Problem | None]:
+        index, expected = self.plan.order[position], self.plan.sample_ids[position]
         try:
-            return position, self.dataset[self.order[position]], None
+            item = self.dataset[index]
+            sample_id = parse_item(item).sample_id
         except Exception as error:
-            return position, None, _reason(error)
+            return position, None, Problem(position, "read", _reason(error))
+        if self.check_ids and sample_id is not None and expected != f"#{index}":
+            found = text_id(sample_id)
+            if found != expected:
+                return position, None, Problem(position, "id", f"{expected!r} is now {found!r}")
+        return position, item, None
+
+
+class _WorkerInit:
+    """The user's worker_init_fn, seeing its own data set in `torch.utils.data.get_worker_info()`."""
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self.function = function
+
+    def __call__(self, worker: int) -> None:
+        info = get_worker_info()
+        assert info is not None
+        ours: Any = info.dataset
+        object.__setattr__(info, "dataset", ours.dataset)  # WorkerInfo refuses assignment
+        try:
+            self.function(worker)
+        finally:
+            object.__setattr__(info, "dataset", ours)
 
 
 class _Collate:
     """Batches of one shape out of what `_Slots` gives."""
 
-    def __init__(
-        self,
-        collate: Callable[[list[Any]], Any],
-        batch_size: int,
-        labelled: bool,
-        image_shape: Any,
-    ) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], batch_size: int, like: Kind) -> None:
         self.collate = collate
         self.batch_size = batch_size
-        self.labelled = labelled
-        self.image_shape = image_shape
+        self.like = like
 
-    def __call__(self, reads: list[tuple[int, Any, str | None]]) -> Batch:
-        items: list[Any] = []
-        problems: list[Problem] = []
-        positions, slots = [], []
-        for slot, (position, item, error) in enumerate(reads):
-            problem = Problem(position, "read", error) if error else self._problem(position, item)
-            if problem is None:
-                positions.append(position)
-                slots.append(slot)
-            else:
-                problems.append(problem)
-            items.append(self._lean(item) if problem is None else None)
+    def __call__(self, reads: list[tuple[int, Any, Problem | None]]) -> Batch:
+        reads = [(p, item, problem or self._problem(p, item)) for p, item, problem in reads]
+        if self.collate is default_collate:
+            return self._batch([self._of_one_shape(*read) for read in reads])
+        try:  # a collate function of the user's may pad images of different shapes
+            return self._batch(reads, may_fail=True)
+        except Exception:
+            return self._batch([self._of_one_shape(*read) for read in reads])
+
+    def _batch(
+        self, reads: list[tuple[int, Any, Problem | None]], *, may_fail: bool = False
+    ) -> Batch:
+        problems = [problem for _, _, problem in reads if problem is not None]
+        slots = [slot for slot, (_, _, problem) in enumerate(reads) if problem is None]
+        positions = [reads[slot][0] for slot in slots]
         if not positions:
             return Batch(None, None, [], [], problems)
-        filler = _zeroed(items[slots[0]])
-        items = [filler if item is None else item for item in items]
+        filler = self._lean(_zeroed(reads[slots[0]][1]))
+        items = [filler if problem else self._lean(item) for _, item, problem in reads]
         items += [filler] * (self.batch_size - len(items))
         try:
             images, labels, _ = parse_item(self.collate(items))
         except Exception as error:
+            if may_fail:
+                raise
             problems += [Problem(p, "collate", _reason(error)) for p in positions]
             return Batch(None, None, [], [], sorted(problems))
         return Batch(images, labels, positions, slots, problems)
@@ -276,14 +351,14 @@ class _Collate:
         """What torch's own collate function needs; one of the user's gets the item as it is."""
         if self.collate is not default_collate:
             return item
-        sample = parse_item(item)
-        return (sample.image, sample.label) if self.labelled else (sample.image,)
+        image, label, _ = parse_item(item)
+        if self.like.label is None:
+            return (image,)
+        # Lists would be collated by column.
+        return image, torch.tensor(label) if isinstance(label, list | tuple) else label
 
     def _problem(self, position: int, item: Any) -> Problem | None:
-        try:
-            sample = parse_item(item)
-        except FastpieError as error:
-            return Problem(position, "read", str(error))
+        sample = parse_item(item)
         for array in _arrays(sample.image):
             values = torch.as_tensor(array)
             if values.is_floating_point() and not values.isfinite().all():
@@ -294,16 +369,35 @@ class _Collate:
                     f"Expected finite values, but the image holds {count} NaN or infinite of "
                     f"{values.numel()}.",
                 )
-        if self.image_shape is not None and shapes_of(sample.image) != self.image_shape:
+        if self.like.label is not None and label_kind(sample.label) != self.like.label:
+            found = "none" if sample.label is None else _label_words(label_kind(sample.label))
             return Problem(
                 position,
-                "image",
-                f"Expected an image of shape {_words(self.image_shape)}, as the first sample has, "
-                f"but got {_words(shapes_of(sample.image))}.",
+                "label",
+                f"Expected a label like most samples have ({_label_words(self.like.label)}), but "
+                f"got {found}.",
             )
-        if self.labelled and sample.label is None:
-            return Problem(position, "label", "Expected a label, but the sample has none.")
         return None
+
+    def _of_one_shape(
+        self, position: int, item: Any, problem: Problem | None
+    ) -> tuple[int, Any, Problem | None]:
+        if problem is None and self.like.image is not None:
+            shapes = shapes_of(parse_item(item).image)
+            if shapes != self.like.image:
+                problem = Problem(
+                    position,
+                    "image",
+                    f"Expected an image of shape {_words(self.like.image)}, as most samples have, "
+                    f"but got {_words(shapes)}.",
+                )
+        return position, item, problem
+
+
+def _label_words(kind: list[int] | str | None) -> str:
+    if kind == []:
+        return "a number"
+    return f"shape {kind}" if isinstance(kind, list) else str(kind)
 
 
 def _words(shapes: list[list[int]]) -> str:
@@ -322,5 +416,7 @@ def _zeroed(item: Any) -> Any:
         return {**item, "image": pytree.tree_map(zero, item["image"])}
     if isinstance(item, tuple | list):
         zeroed = [pytree.tree_map(zero, item[0]), *item[1:]]
+        if hasattr(item, "_fields"):  # a namedtuple
+            return type(item)(*zeroed)
         return zeroed if isinstance(item, list) else tuple(zeroed)
     return zero(item)

@@ -117,14 +117,16 @@ class MiningResult:
         return self.table.column(name)
 
     def _kept(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
-        if not (self.path / kind).exists():
+        if not self.record["config"][f"keep_{kind}"]:
             raise FastpieError(
                 f"Expected a run with its {kind} kept, but {self.path} was made without "
                 f"keep_{kind}=True."
             )
-        table = self._folder.read_parts(kind)
-        dense, pruned = (_matrix(table.column(name)) for name in ("dense", "pruned"))
+        table = self._folder.read_extras(kind)
         levels = len(self.record["config"]["sparsities"])
+        if table is None:
+            return np.empty((0, 0), np.float32), np.empty((levels, 0, 0), np.float32)
+        dense, pruned = (_matrix(table.column(name)) for name in ("dense", "pruned"))
         return dense, np.ascontiguousarray(pruned.reshape(len(dense), levels, -1).swapaxes(0, 1))
 
 
@@ -142,5 +144,4 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # fixed-size lists -> [n, s
     size: Any = column.type.list_size
     return np.concatenate(
         [c.flatten().to_numpy(zero_copy_only=False).reshape(-1, size) for c in column.chunks]
-        or [np.empty((0, size), np.float32)]
     )

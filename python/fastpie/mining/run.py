@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import json
 import os
 import platform
 import time
@@ -26,15 +27,14 @@ from tqdm.auto import tqdm
 
 from fastpie import _C
 from fastpie._digest import digest_of
-from fastpie._files import write_atomically
 from fastpie.dual import DualEngine, DualModel
 from fastpie.dual.calibration import statistics_of
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
 from fastpie.mining.plan import Plan, known_sample_ids
-from fastpie.mining.reading import Batch, Problem, Reader, Sample, path_of, shapes_of
+from fastpie.mining.reading import Batch, Kind, Problem, Reader, Sample, path_of
 from fastpie.mining.result import MiningResult
-from fastpie.mining.run_folder import RunFolder, config_hash
+from fastpie.mining.run_folder import NO_ROWS, RunFolder, config_hash, explained
 from fastpie.mining.scoring import Scorer
 from fastpie.pruning import prune
 from fastpie.scores.disagreement import TASKS
@@ -45,6 +45,8 @@ DEFAULT_LADDER = (0.1, 0.3, 0.5, 0.7)
 """Levels that a plain model is pruned at; a fixed .9 ranks wrong labels worse than chance."""
 
 _RECALIBRATION_SAMPLES = 2048
+_SAMPLES_LOOKED_AT = 8  # at the start: shape and labels of most of them are those of the run
+_SAMPLES_TRIED = 256  # at the start: if none of them can be scored, the format is wrong
 _PART_SECONDS = 10.0  # a part is cut to take about this long, well inside the 30 s that may be lost
 
 
@@ -120,11 +122,15 @@ def mine(
             "Expected a DualModel with a feature module for keep_features=True, but it names none."
         )
     _check_finite(dual)
+    try:
+        json.dumps(note)
+    except (TypeError, ValueError) as error:
+        raise FastpieError(f"Expected a `note` that JSON can hold, but: {error}.") from error
     reader = Reader(data, batch_size=batch_size, num_workers=num_workers)
     folder = RunFolder(Path(out))
     folder.lock()
     try:
-        run = _Run(folder, reader, dual, task, torch.device(device or _device_of(dual)), progress)
+        run = _Run(folder, reader, dual, task, _usable_device(device, dual), progress)
         run.plan_samples(sample_ids)
         run.open(
             {
@@ -166,6 +172,7 @@ class _Run:
         self.config: dict[str, Any]
         self.record: dict[str, Any]
         self.engine: DualEngine | None = None
+        self.ids_in_items = False
 
     # ------------------------------------------------------------------ before the first part
 
@@ -174,18 +181,19 @@ class _Run:
         dataset: Any = self.reader.dataset
         ids = known_sample_ids(dataset) if sample_ids is None else sample_ids
         if ids is None:
-            ids = self._ids_from_items()
+            ids = self._ids_from_items(dataset)
         if len(ids) != len(dataset):
             raise FastpieError(
                 f"Expected one sample id for each of the {len(dataset)} samples, but got {len(ids)}."
             )
         self.plan = Plan.cut(ids, self.reader.batch_size)
 
-    def _ids_from_items(self) -> Sequence[Any]:
-        count = len(self.reader.dataset)
-        stored = self.folder.path / "sample_ids.txt"
-        if stored.exists():
-            return stored.read_text().split("\n")[:-1]
+    def _ids_from_items(self, dataset: Any) -> Sequence[Any]:
+        stored = self.folder.path / "sample_ids.json"
+        if self.folder.record() is not None and stored.exists():
+            self.ids_in_items = True
+            return list(json.loads(stored.read_bytes()))
+        count = len(dataset)
         first = next(
             (s for s in map(self.reader.read_one, range(count)) if isinstance(s, Sample)), None
         )
@@ -199,10 +207,10 @@ class _Run:
                 )
             return range(count)
         with self._bar(count, "sample ids") as bar:
-            ids = self.reader.read_sample_ids(lambda done: bar.update(done) and None)
-        if any("\n" in i for i in ids):
-            raise FastpieError("Expected sample ids without line breaks.")
-        write_atomically(stored, "".join(f"{i}\n" for i in ids).encode())
+            ids = self.reader.read_sample_ids(bar.update)
+        Plan.cut(ids, self.reader.batch_size)  # refuses duplicates before they are kept
+        self.folder.write_file("sample_ids.json", json.dumps(ids).encode())
+        self.ids_in_items = True
         return ids
 
     def open(self, options: dict[str, Any], note: dict[str, Any] | None) -> None:
@@ -244,66 +252,80 @@ class _Run:
         )
 
     def _start(self, fingerprints: dict[str, str], note: dict[str, Any] | None) -> None:
-        """Try the first batch, cut the parts by the time that it takes, and write `run.json`."""
-        sample = self._first_sample()
-        shape = None if self.plan.batch_size == 1 else shapes_of(sample.image)
-        self._take_up(
-            {
-                "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "versions": versions(),
-                "config": self.config,
-                "config_hash": config_hash(self.config),
-                "fingerprints": fingerprints,
-                "labelled": sample.label is not None,
-                "image_shape": shape,
-                "batches_per_part": 1,
-                "note": note or {},
-            }
-        )
-        start = time.perf_counter()
-        batch = next(
-            (b for b in self._read(range(self.plan.batches)) if b.images is not None), None
-        )
-        if batch is None:
-            raise FastpieError(
-                "Expected a batch that can be collated, but there is none. Are the images of one "
-                "shape, and tensors or arrays?"
-            )
-        seconds = time.perf_counter() - start
-        args = self._arguments(batch.images)
-        self.engine = self._engine(args, fresh=True)
-        start = time.perf_counter()
-        _, _, problems, _ = self.scorer.score(
-            self.engine(*args), batch.labels, batch.positions, batch.slots
-        )
-        seconds += time.perf_counter() - start
-        if len(problems) == len(batch.positions):
-            raise FastpieError(
-                "Expected samples that can be scored, but of the first batch none can; the first: "
-                f"{problems[0].error}"
-            )
-        self._write_errors([], [])
-        self.source.masks.save(self.folder.path / "masks.safetensors")
+        """Try the first batches, cut the parts by the time that one takes, and write `run.json`."""
+        kind = self._first_samples()
         record = {
-            **self.record,
-            "hardness": self.scorer.hardness,
-            "batches_per_part": max(1, int(_PART_SECONDS / max(seconds, 1e-3))),
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "config": self.config,
+            "config_hash": config_hash(self.config),
+            "fingerprints": fingerprints,
+            "labelled": kind.label is not None,
+            "label_kind": kind.label,
+            "image_shape": kind.image,
+            "batches_per_part": 1,
+            "note": note or {},
         }
+        self._take_up(record)
+        seconds = self._try_batches()
+        with explained(self.folder.path):
+            self.source.masks.save(self.folder.path / "masks.safetensors")
+        self._write_errors([], [])
+        record["hardness"] = self.scorer.hardness
+        record["batches_per_part"] = max(1, int(_PART_SECONDS / max(seconds, 1e-3)))
         self.folder.write_record(record)
         self._take_up(record)
 
-    def _first_sample(self) -> Sample:
-        """The first readable sample in sample_id order: it sets labels and shape for all."""
-        reasons = []
+    def _first_samples(self) -> Kind:
+        """What the first readable samples in sample_id order are like, by majority."""
+        samples, problems = [], []
         for position, index in enumerate(self.plan.order):
             sample = self.reader.read_one(index)
             if isinstance(sample, Sample):
-                return sample
-            reasons.append(Problem(position, "read", sample))
-        self._write_errors([], reasons)
-        raise FastpieError(
-            f"Expected at least one readable sample, but none of the {len(self.plan)} is; the first: "
-            f"{reasons[0].error} (all are in {self.folder.path / 'errors.parquet'})."
+                samples.append(sample)
+                if len(samples) == _SAMPLES_LOOKED_AT:
+                    break
+            else:
+                problems.append(Problem(position, "read", sample))
+        if not samples:
+            raise self._refusal(problems)
+        # Labels of the other tasks are not scored: they need not be there, nor of one shape.
+        scored = self.task in ("multiclass", "multilabel")
+        labelled = scored and 2 * sum(s.label is not None for s in samples) >= len(samples)
+        return Kind.of_most(samples, labelled=labelled, batch_size=self.plan.batch_size)
+
+    def _try_batches(self) -> float:
+        """Score batches until one sample has a score; the seconds that the last batch took."""
+        problems: list[Problem] = []
+        tried = 0
+        start = time.perf_counter()
+        for batch in self._read(range(self.plan.batches)):
+            problems += batch.problems
+            if batch.images is not None:
+                args = self._arguments(batch.images)
+                waited = time.perf_counter() - start
+                if self.engine is None:
+                    self.engine = self._engine(args, fresh=True)
+                start = time.perf_counter()
+                _, _, unusable, _ = self.scorer.score(
+                    self.engine(*args), batch.labels, batch.positions, batch.slots
+                )
+                if len(unusable) < len(batch.positions):
+                    return waited + time.perf_counter() - start
+                problems += unusable
+            tried += self.plan.batch_size
+            if tried >= _SAMPLES_TRIED and batch.images is not None:
+                break
+            start = time.perf_counter()
+        raise self._refusal(problems)
+
+    def _refusal(self, problems: list[Problem]) -> FastpieError:
+        """Why a run cannot begin; what was seen is in the errors table."""
+        self._write_errors([], problems)
+        return FastpieError(
+            f"Expected samples that can be scored, but of the first {len(problems)} of "
+            f"{len(self.plan)} none can; the first: {problems[0].error} (all are in "
+            f"{self.folder.path / 'errors.parquet'})"
         )
 
     def _check_same(self, record: dict[str, Any], fingerprints: dict[str, str]) -> None:
@@ -332,8 +354,10 @@ class _Run:
 
     def score(self, retry_errors: bool) -> None:
         """Score the parts that are not done, and with `retry_errors` those with errors again."""
-        done = self._readable_parts()
-        errors = self._standing_errors(done)
+        stored = self.folder.errors().to_pylist()
+        done, errors = self._what_holds(stored)
+        if errors != stored:
+            self.folder.write_errors(errors)
         again = {self.plan.part_of(self._position(row)) for row in errors if retry_errors}
         todo = sorted((set(range(self.plan.parts)) - done) | again)
         batches = [b for part in todo for b in self.plan.batches_of(part)]
@@ -346,37 +370,31 @@ class _Run:
                 collected.problems += batch.problems
                 part = number // self.plan.batches_per_part
                 if number == self.plan.batches_of(part)[-1]:
-                    errors = self._write_part(part, collected, errors, rewrite=part in done)
+                    if part in done:
+                        self._keep_scored(part, collected)
+                    errors = self._write_part(part, collected, errors)
                     collected = _Part()
                 bar.update(len(self.plan.positions(number)))
 
-    def _readable_parts(self) -> set[int]:
-        done = set()
+    def _what_holds(self, stored: list[dict[str, Any]]) -> tuple[set[int], list[dict[str, Any]]]:
+        """The parts that are done, and the errors of samples in them that have no score."""
+        extras = [kind for kind in ("logits", "features") if self.config[f"keep_{kind}"]]
+        by_part: dict[int, list[dict[str, Any]]] = {}
+        for row in stored:
+            by_part.setdefault(self.plan.part_of(self._position(row)), []).append(row)
+        done, errors = set(), []
         for part in self.folder.done_parts():
-            if self.folder.readable(part):
-                done.add(part)
-            else:
+            if not self.folder.readable(part, extras):
                 warnings.warn(f"Part {part} cannot be read and is scored again.", stacklevel=4)
-                self.folder.part_path(part).unlink()
-        return done
-
-    def _standing_errors(self, done: set[int]) -> list[dict[str, Any]]:
-        """Rows of the errors table, less those that a crash left behind.
-
-        Those of parts that are not done (the errors are written first), and those of samples that a
-        retry has scored (there the scores are written first).
-        """
-        standing = []
-        scored: dict[int, set[str]] = {}
-        for row in self.folder.errors().to_pylist():
-            part = self.plan.part_of(self._position(row))
-            if part not in done:
                 continue
-            if part not in scored:
-                scored[part] = set(self.folder.part_ids(part))
-            if row["sample_id"] not in scored[part]:
-                standing.append(row)
-        return standing
+            rows, scored = by_part.get(part, []), self.folder.part_rows(part)
+            if rows:
+                ids = set(self.folder.part_ids(part))
+                rows = [row for row in rows if row["sample_id"] not in ids]
+            if scored + len(rows) == len(self.plan.samples_of(part)):
+                done.add(part)
+                errors += rows
+        return done, errors
 
     def _position(self, row: dict[str, Any]) -> int:
         return bisect.bisect_left(self.plan.sample_ids, row["sample_id"])
@@ -385,13 +403,21 @@ class _Run:
         return self._read_positions([self.plan.positions(b) for b in batches])
 
     def _read_positions(self, positions: list[list[int]]) -> Iterator[Batch]:
-        return self.reader.read(
+        kind = Kind(self.record["image_shape"], self.record["label_kind"])
+        for batch in self.reader.read(
             self.plan,
             positions,
-            labelled=self.record["labelled"],
-            image_shape=self.record["image_shape"],
+            like=kind,
+            check_ids=self.ids_in_items,
             pin_memory=self.device.type == "cuda",
-        )
+        ):
+            changed = [problem.error for problem in batch.problems if problem.stage == "id"]
+            if changed:
+                raise FastpieError(
+                    f"Expected the data set that the run in {self.folder.path} was started with, but "
+                    f"the ids of its samples have changed: {changed[0]}. Choose another folder."
+                )
+            yield batch
 
     def _arguments(self, images: Any) -> tuple[Any, ...]:
         """Images on the device, as the model's positional arguments."""
@@ -412,7 +438,7 @@ class _Run:
                 stored = self.folder.path / "recalibration.safetensors"
                 if fresh:
                     private.recalibrate(self._recalibration_batches())
-                    write_atomically(stored, save(_statistics(private)))
+                    self.folder.write_file(stored.name, save(_statistics(private)))
                 for name, value in load_file(stored).items():
                     _statistics(private)[name].copy_(value)
             return private.compile(
@@ -438,10 +464,14 @@ class _Run:
                 continue
             found = True
             slots = torch.as_tensor(batch.slots, device=self.device)
-            args = [a[slots] if isinstance(a, Tensor) else a for a in self._arguments(batch.images)]
             # A tuple within a tuple: `recalibrate` takes the first element of a batch, and spreads
             # it over the arguments of the model.
-            yield (tuple(args),)
+            yield (
+                pytree.tree_map(
+                    lambda leaf, slots=slots: leaf[slots] if isinstance(leaf, Tensor) else leaf,
+                    self._arguments(batch.images),
+                ),
+            )
         if not found:
             raise FastpieError(
                 "Expected readable samples to recalibrate BatchNorm from, but none of the "
@@ -463,27 +493,56 @@ class _Run:
                 pa.table({"sample_id": ids, "dense": _lists(dense), "pruned": _lists(pruned)})
             )
 
+    def _keep_scored(self, part: int, collected: _Part) -> None:
+        """Of a retry, take over only samples that had no score: one that fails now keeps its row."""
+        scores = self.folder.read_part(part)
+        ids = set(scores.column("sample_id").to_pylist())
+
+        def merged(old: pa.Table, new: list[pa.Table]) -> list[pa.Table]:
+            tables = [old] + [
+                table.filter(
+                    pa.array([i not in ids for i in table.column("sample_id").to_pylist()])
+                )
+                for table in new
+            ]
+            return [pa.concat_tables(tables, promote_options="default").sort_by("sample_id")]
+
+        for kind, tables in collected.extras.items():
+            if ids:
+                collected.extras[kind] = merged(self.folder.read_part(part, kind), tables)
+        collected.tables = merged(scores, collected.tables)
+        collected.problems = [
+            p for p in collected.problems if self.plan.sample_ids[p.position] not in ids
+        ]
+
     def _write_part(
-        self, part: int, collected: _Part, errors: list[dict[str, Any]], *, rewrite: bool
+        self, part: int, collected: _Part, errors: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
-        """Write one part and its errors, in the order that a crash between them can be told from."""
+        """Write one part: all errors, old and new, then the rows, then only the errors that hold."""
         own = {self.plan.sample_ids[i] for i in self.plan.samples_of(part)}
-        others = [row for row in errors if row["sample_id"] not in own]
-        no_rows = pa.table({"sample_id": pa.array([], pa.string())})
-        scores = pa.concat_tables(collected.tables) if collected.tables else no_rows
+        failed = {self.plan.sample_ids[p.position] for p in collected.problems}
+        before = [row for row in errors if row["sample_id"] not in failed]
+        holding = [row for row in before if row["sample_id"] not in own]
+        if collected.problems:
+            self._write_errors(before, collected.problems)
+        scores = pa.concat_tables(collected.tables) if collected.tables else NO_ROWS
         extras = {kind: pa.concat_tables(tables) for kind, tables in collected.extras.items()}
-        changed = bool(collected.problems) or len(others) != len(errors)
-        if rewrite:
-            self.folder.write_part(part, scores, extras)
-        if changed:
-            others = self._write_errors(others, collected.problems)
-        if not rewrite:
-            self.folder.write_part(part, scores, extras)
-        return others
+        self.folder.write_part(part, scores, extras)
+        if len(holding) == len(before):  # nothing old to drop
+            return self._error_rows(holding, collected.problems)
+        return self._write_errors(holding, collected.problems)
 
     def _write_errors(
         self, rows: list[dict[str, Any]], problems: Sequence[Problem]
     ) -> list[dict[str, Any]]:
+        rows = self._error_rows(rows, problems)
+        self.folder.write_errors(rows)
+        return rows
+
+    def _error_rows(
+        self, rows: list[dict[str, Any]], problems: Sequence[Problem]
+    ) -> list[dict[str, Any]]:
+        """Rows of the errors table with those of `problems`, in sample_id order."""
         fresh = [
             {
                 "sample_id": self.plan.sample_ids[problem.position],
@@ -493,9 +552,7 @@ class _Run:
             }
             for problem in problems
         ]
-        rows = sorted(rows + fresh, key=lambda row: row["sample_id"])
-        self.folder.write_errors(rows)
-        return rows
+        return sorted(rows + fresh, key=lambda row: row["sample_id"])
 
     def _bar(self, total: int, what: str, initial: int = 0) -> Any:
         return tqdm(
@@ -537,8 +594,21 @@ def _statistics(dual: DualModel) -> dict[str, Tensor]:
     }
 
 
+def _usable_device(device: str | torch.device | None, dual: DualModel) -> torch.device:
+    if device is None:
+        return next(dual.model.parameters()).device
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise FastpieError(
+            f"Expected a device that torch can use, but got {device!r}: {error}"
+        ) from error
+
+
 def _check_finite(dual: DualModel) -> None:
-    for name, tensor in _tensors(dual.model).items():
+    # Other buffers may hold infinities by design: the mask of an attention layer, say.
+    tensors = {**dict(dual.model.named_parameters()), **statistics_of(dual.model)}
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise FastpieError(
@@ -549,10 +619,6 @@ def _check_finite(dual: DualModel) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
-
-
-def _device_of(dual: DualModel) -> torch.device:
-    return next(dual.parameters()).device
 
 
 def _lists(values: np.ndarray) -> pa.FixedSizeListArray:  # [n, ...]

@@ -1,9 +1,10 @@
 """The run folder: what a run has written, whole or not at all.
 
 Layout (docs of the design): `run.json`, `scores/part-<n>.parquet`, `errors.parquet`, and where asked
-for `logits/`, `features/`. A part counts as done when its scores file is there; that file is written
-last, after the errors, logits and features of the same samples. Rows in `errors.parquet` of parts
-that are not done are therefore leftovers of a crash and are dropped on the next start.
+for `logits/`, `features/`. A part is written in the order errors, logits and features, scores, and is
+done when its scores are there and every sample of it is in the scores or in the errors. What a crash
+leaves behind can then be told from what holds: an error of a part that is not done, or of a sample
+that has a score, is dropped on the next start.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,9 +25,13 @@ import pyarrow.parquet as pq
 from fastpie._files import atomic_path, write_atomically
 from fastpie.errors import FastpieError
 
-__all__ = ["ERRORS_SCHEMA", "RunFolder"]
+__all__ = ["ERRORS_SCHEMA", "NO_ROWS", "RunFolder", "config_hash", "explained"]
 
 FORMAT = "fastpie-run-1"
+_RECORD_KEYS = {
+    "versions", "config", "fingerprints", "labelled", "image_shape", "batches_per_part", "hardness",
+    "note",
+}  # fmt: skip
 ERRORS_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -37,8 +42,21 @@ ERRORS_SCHEMA = pa.schema(
 )
 # Prefixes of the temporary files of fastpie._files.atomic_path, left behind by a kill.
 _TEMPORARY = tuple(
-    f".{name}" for name in ("part-", "errors.", "run.json.", "masks.", "recalibration.", "report.")
+    f".{name}"
+    for name in (
+        "part-",
+        "errors.",
+        "run.json.",
+        "masks.",
+        "recalibration.",
+        "report.",
+        "sample_ids.",
+    )
 )
+NO_ROWS = pa.table({"sample_id": pa.array([], pa.string())})
+"""Scores of a part in which nothing could be scored."""
+
+_held: dict[str, IO[str]] = {}  # folders that this process is writing to, with their lock files
 _PART = re.compile(r"part-(\d+)\.parquet")
 
 
@@ -62,20 +80,24 @@ class RunFolder:
         Raises:
             FastpieError: if another run holds it, or it cannot be written.
         """
-        try:
+        with explained(self.path):
             (self.path / "scores").mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("w")
-        except OSError as error:
-            raise FastpieError(
-                f"Expected a folder to write at {self.path}, but: {error}."
-            ) from error
+        # A lock of the process, not of the open file (flock): reading processes that outlive a
+        # killed run would hold on to the latter. It does not keep out other threads, hence `_held`,
+        # and closing any handle of the file drops it, hence no second one is opened.
+        key = str(self.path.resolve())
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if key in _held:
+                raise BlockingIOError(errno.EWOULDBLOCK, "held by this process")
+            with explained(self.path):
+                file = (self.path / ".lock").open("w")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.close()
             raise FastpieError(
                 f"Expected {self.path} for this run alone, but another run is writing to it."
             ) from error
+        self._lock = file
+        _held[key] = file
         for folder in (self.path, *(self.path / f for f in ("scores", "logits", "features"))):
             for leftover in folder.glob(".*.????????"):
                 if leftover.name.startswith(_TEMPORARY):
@@ -84,7 +106,9 @@ class RunFolder:
     def unlock(self) -> None:
         """Let other runs in."""
         if self._lock is not None:
+            del _held[str(self.path.resolve())]
             self._lock.close()
+            self._lock = None
 
     # ------------------------------------------------------------------ run.json
 
@@ -100,14 +124,15 @@ class RunFolder:
             FastpieError: if it is not a record of this format.
         """
         try:
-            text = self.record_path.read_text()
-        except FileNotFoundError:
-            return None
-        try:
-            record = json.loads(text)
+            record = json.loads(self.record_path.read_bytes())
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r}")
-        except (ValueError, KeyError, TypeError) as error:
+            missing = _RECORD_KEYS - record.keys()
+            if missing:
+                raise ValueError(f"no {sorted(missing)}")
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FastpieError(
                 f"Expected a run of format {FORMAT!r} in {self.path}, but run.json holds: {error}."
             ) from error
@@ -115,7 +140,7 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace `run.json`."""
-        with _explained(self.path):
+        with explained(self.path):
             data = json.dumps({"format": FORMAT, **record}, indent=2) + "\n"
             write_atomically(self.record_path, data.encode())
 
@@ -130,14 +155,14 @@ class RunFolder:
         matches = (_PART.fullmatch(p.name) for p in (self.path / "scores").glob("part-*.parquet"))
         return sorted(int(m[1]) for m in matches if m)
 
-    def write_part(
-        self,
-        part: int,
-        scores: pa.Table,
-        extras: Mapping[str, pa.Table],
-    ) -> None:
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a file of the folder whole."""
+        with explained(self.path):
+            write_atomically(self.path / name, data)
+
+    def write_part(self, part: int, scores: pa.Table, extras: Mapping[str, pa.Table]) -> None:
         """Write a part's extras (logits, features) and then, as the sign that it is done, its scores."""
-        with _explained(self.path):
+        with explained(self.path):
             for folder, table in extras.items():
                 (self.path / folder).mkdir(exist_ok=True)
                 with atomic_path(self.part_path(part, folder)) as temporary:
@@ -145,23 +170,48 @@ class RunFolder:
             with atomic_path(self.part_path(part)) as temporary:
                 pq.write_table(scores, temporary)
 
-    def read_parts(self, folder: str = "scores") -> pa.Table:
-        """All rows of the parts that are done, in order of the parts."""
-        tables = [pq.read_table(self.part_path(n, folder)) for n in self.done_parts()]
+    def read_part(self, part: int, folder: str = "scores") -> pa.Table:
+        """The rows of one part."""
+        return pq.read_table(self.part_path(part, folder))
+
+    def read_parts(self) -> pa.Table:
+        """The scores of the parts that are done, in their order."""
+        tables = [self.read_part(part) for part in self.done_parts()]
         if not tables:
-            return pa.table({"sample_id": pa.array([], pa.string())})
-        # A part in which nothing could be read has no rows and no other column.
+            return NO_ROWS
+        # A part in which nothing could be scored has no rows and no other column.
         return pa.concat_tables(tables, promote_options="default")
+
+    def read_extras(self, folder: str) -> pa.Table:
+        """Logits or features of the parts that are done: the rows of `read_parts`, in its order.
+
+        They are written before the scores, so after a crash they can hold samples that the scores
+        do not have yet.
+        """
+        tables = []
+        for part in self.done_parts():
+            ids = self.part_ids(part)
+            if ids:
+                table = self.read_part(part, folder)
+                row = {i: r for r, i in enumerate(table.column("sample_id").to_pylist())}
+                tables.append(table.take([row[i] for i in ids]))
+        return pa.concat_tables(tables) if tables else None
+
+    def part_rows(self, part: int) -> int:
+        """How many samples of a part have a score."""
+        return int(pq.read_metadata(self.part_path(part)).num_rows)
 
     def part_ids(self, part: int) -> list[str]:
         """Sample ids of one part."""
         column = pq.read_table(self.part_path(part), columns=["sample_id"]).column("sample_id")
         return list(column.to_pylist())
 
-    def readable(self, part: int) -> bool:
-        """Whether a part's scores can be read (a disk can tear what the rename had made whole)."""
+    def readable(self, part: int, extras: Iterable[str]) -> bool:
+        """Whether a part can be read (a disk can tear what the rename had made whole)."""
         try:
-            pq.read_metadata(self.part_path(part))
+            rows = pq.read_metadata(self.part_path(part)).num_rows
+            for folder in extras if rows else ():
+                pq.read_metadata(self.part_path(part, folder))
         except (OSError, pa.ArrowException):
             return False
         return True
@@ -171,11 +221,19 @@ class RunFolder:
     def errors(self) -> pa.Table:
         """The errors table: sample_id, path, stage, error."""
         path = self.path / "errors.parquet"
-        return pq.read_table(path) if path.exists() else ERRORS_SCHEMA.empty_table()
+        if not path.exists():
+            return ERRORS_SCHEMA.empty_table()
+        try:
+            return pq.read_table(path)
+        except (OSError, pa.ArrowException) as error:
+            raise FastpieError(
+                f"Expected a Parquet table at {path}, but: {error}. Remove it, and the next call of "
+                "mine() reads the samples without a score again."
+            ) from error
 
     def write_errors(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replace the errors table."""
-        with _explained(self.path), atomic_path(self.path / "errors.parquet") as temporary:
+        with explained(self.path), atomic_path(self.path / "errors.parquet") as temporary:
             pq.write_table(pa.Table.from_pylist(list(rows), schema=ERRORS_SCHEMA), temporary)
 
 
@@ -185,7 +243,7 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Turns a failed write into a FastpieError that says what to do."""
     try:
         yield

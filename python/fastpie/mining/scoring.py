@@ -85,25 +85,27 @@ class Scorer:
         good = torch.ones(len(slots), dtype=torch.bool)
 
         targets = None
-        if self.labelled and self.task in ("multiclass", "multilabel"):
+        if self.labelled:
             targets, wrong = _parse_labels(labels, dense.shape[0], dense.shape[1], self.task)
             for row, slot in enumerate(slots):
                 if slot in wrong:
                     good[row] = False
                     problems.append(Problem(positions[row], "label", wrong[slot]))
-        finite = dense.isfinite().flatten(1).all(1) & pruned.isfinite().flatten(2).all(2).all(0)
-        for row in (~finite.cpu()[index] & good).nonzero().flatten().tolist():
+        unusable = self._unusable(dense, 1) | self._unusable(pruned, 2).any(0)
+        for row in (unusable.cpu()[index] & good).nonzero().flatten().tolist():
             good[row] = False
             problems.append(
                 Problem(
-                    positions[row], "score", "Expected finite outputs, but got NaN or infinity."
+                    positions[row],
+                    "score",
+                    "Expected outputs that are numbers, but got NaN or inf.",
                 )
             )
 
         keep = good.nonzero().flatten()
         columns = self._columns(dense, pruned, targets, index[keep])
-        if self.labelled:
-            columns = {"label": _label_column(labels, targets, index[keep], self.task), **columns}
+        if targets is not None:
+            columns = {"label": _label_column(targets[index[keep]], self.task), **columns}
         kept: dict[str, Any] = {}
         if self.keep_logits:
             kept["logits"] = _pair(dense, pruned, index[keep])
@@ -115,8 +117,23 @@ class Scorer:
                 kept["features"] = _pair(of_dense, of_pruned, index[keep])
         return keep.tolist(), columns, problems, kept
 
+    def _unusable(self, outputs: Tensor, leading: int) -> Tensor:
+        """Samples for which `fastpie.disagreement` gives NaN: -inf is a class of probability zero."""
+        values = outputs.flatten(leading)
+        bad = (values.isnan() | (values == torch.inf)).any(-1)
+        if self.task == "multiclass":
+            bad |= (values == -torch.inf).all(-1)
+        elif self.task == "embedding":
+            bad |= values.isinf().any(-1)
+        return bad
+
     def _logits(self, output: Any) -> Tensor:
         if self.output is not None:
+            if isinstance(output, Tensor):
+                raise FastpieError(
+                    "Expected a model that returns a dict or tuple for `output`, but it returns a "
+                    "tensor."
+                )
             try:
                 output = output[self.output]
             except (KeyError, IndexError, TypeError) as error:
@@ -228,14 +245,11 @@ def _pair(dense: Tensor, pruned: Tensor, rows: Tensor) -> tuple[np.ndarray, np.n
     return first, np.ascontiguousarray(second.swapaxes(0, 1))
 
 
-def _label_column(labels: Any, targets: Tensor | None, rows: Tensor, task: str) -> pa.Array:
-    if targets is None:  # segmentation masks are not table cells
-        return pa.nulls(len(rows))
-    values = targets[rows]
+def _label_column(targets: Tensor, task: str) -> pa.Array:
     if task == "multiclass":
-        return pa.array(values.numpy(), type=pa.int64())
-    flat = pa.array(values.numpy().reshape(-1), type=pa.float32())
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+        return pa.array(targets.numpy(), type=pa.int64())
+    flat = pa.array(targets.numpy().reshape(-1), type=pa.float32())
+    return pa.FixedSizeListArray.from_arrays(flat, targets.shape[1])
 
 
 def _parse_labels(labels: Any, rows: int, classes: int, task: str) -> tuple[Tensor, dict[int, str]]:
@@ -247,7 +261,7 @@ def _parse_labels(labels: Any, rows: int, classes: int, task: str) -> tuple[Tens
     if not isinstance(labels, Tensor):
         raise FastpieError(
             f"Expected labels that collate to a tensor, but got {type(labels).__name__}"
-            + (f" of {type(labels[0]).__name__}." if isinstance(labels, list) and labels else ".")
+            + (f" of {type(labels[0]).__name__}." if isinstance(labels, list | tuple) else ".")
         )
     labels = labels.detach().as_subclass(Tensor).cpu()
     if task == "multilabel":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,9 @@ class Thumbnails:
         known = known_sample_ids(self._dataset)
         if known is not None:
             yield known
-        stored = path / "sample_ids.txt"  # written by `mine` where only the items tell their ids
+        stored = path / "sample_ids.json"  # written by `mine` where only the items tell their ids
         if stored.exists():
-            yield stored.read_text().split("\n")[:-1]
+            yield json.loads(stored.read_bytes())
         yield range(len(self._dataset))
 
 
