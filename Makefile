@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Built and installed again when a source changed; the build folder makes that incremental.
-SOURCES := $(shell find csrc python triton_kernels -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml constraints.txt
+# Folders count too: their time changes when a file goes.
+SOURCES := $(shell find csrc python triton_kernels -not -name '*.pyc' -not -name __pycache__) CMakeLists.txt pyproject.toml constraints.txt
+NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
@@ -21,6 +23,7 @@ $(VENV)/.build-tools: constraints.txt
 $(INSTALLED): $(VENV)/.build-tools $(SOURCES)
 	$(PIP) install --quiet --constraint constraints.txt --no-build-isolation \
 	  --config-settings=cmake.define.FASTPIE_WERROR=ON '.[test,lint]'
+	cd $(VENV) && bin/python -c "import fastpie"
 	touch $@
 
 demo: install
@@ -39,18 +42,16 @@ bench: install
 bench-report: install
 	$(BIN)/python -m benchmarks.report
 
+# All four tools run, so that one that complains does not hide the others.
 lint: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
-	  xargs $(BIN)/clang-format --dry-run --Werror
+	@failed=; for check in "ruff check ." "ruff format --check ." mypy \
+	  "clang-format --dry-run --Werror $(NATIVE)"; do \
+	  echo "$$check" | cut -c1-60; $(BIN)/$$check || failed=1; done; test -z "$$failed"
 
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | \
-	  xargs $(BIN)/clang-format -i
+	$(BIN)/clang-format -i $(NATIVE)
 
 # On a machine with a CUDA GPU: build, every GPU test, GPU benchmarks. Uses that machine's python3.
 gpu-check:

@@ -31,12 +31,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        size = (
-            f"[{row['rows']}, {row['classes']}]" if "classes" in row else str(row.get("size", ""))
-        )
         lines.append(
-            f"| {row['head']['what']}, {row.get('task') or row.get('network')}, {row['precision']} "
-            f"| {size} | {row['provider']} | {_time(row['seconds']['p50'])} | {row['baseline']} "
+            f"| {_name(row)} | {_size(row)} "
+            f"| {row['provider']} | {_time(row['seconds']['p50'])} | {row['baseline']} "
             f"| {_time(row['baseline_seconds']['p50'])} | **{row['ratio']:g}x** |"
         )
     for name in sorted({row["file"] for row in rows}):
@@ -51,6 +48,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _name(row: dict[str, Any]) -> str:
+    names = (row["head"]["what"], row.get("task"), row.get("network"), row.get("precision"))
+    return ", ".join(name for name in names if name)
+
+
+def _size(row: dict[str, Any]) -> str:
+    return str([row["rows"], row["classes"]] if "classes" in row else row.get("size", ""))
+
+
 def _time(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
@@ -59,10 +65,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Horizontal bars of the ratios, logarithmic."""
     figure = Figure(figsize=(9, 0.32 * len(rows) + 1), layout="constrained")
     axes = figure.add_subplot()
-    labels = [
-        f"{r['head']['what']} [{r.get('rows')}, {r.get('classes')}] {r.get('task')} / {r['baseline']}"
-        for r in rows
-    ]
+    labels = [f"{_name(row)} {_size(row)} / {row['baseline']}" for row in rows]
     axes.barh(range(len(rows)), [r["ratio"] for r in rows], color="#0072b2")
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.invert_yaxis()

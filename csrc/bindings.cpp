@@ -33,6 +33,8 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+// A binding takes addresses and sizes, releases the lock of the interpreter (the kernel touches no
+// Python object) and hands over; what the operator has not checked is checked here.
 void null_cpu(std::uintptr_t input, std::uintptr_t output, std::int64_t count, int threads) {
   py::gil_scoped_release release;
   check(cpu::null({pointer<const float>(input), pointer<float>(output), count}, threads));

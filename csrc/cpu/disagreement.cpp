@@ -144,12 +144,12 @@ void ranks_by_sorting(const Vec* z, std::int64_t classes, int lane, std::uint64_
 // ---------------------------------------------------------------------------- one model's rows
 
 struct Side {
-  Vec* z;     // logits
-  Vec* p;     // multiclass: softmax
-  Vec* rank;  // doubled centred ranks
-  Mask bad;   // rows whose scores are NaN
+  Vec* z;       // logits
+  Vec* p;       // multiclass: softmax
+  Vec* rank;    // doubled centred ranks
+  Mask bad;     // rows whose scores are NaN
   Vec log_sum;  // multiclass: log(sum(exp(z - top))); added to a huge top it would be lost
-  Vec norm;   // L2 norm of the logits, at least 1e-12 as in torch.nn.functional.normalize
+  Vec norm;     // L2 norm of the logits, at least 1e-12 as in torch.nn.functional.normalize
   Vec rank_square;
   Vec top;     // largest logit, the first of equal ones
   Vec second;  // largest of the others

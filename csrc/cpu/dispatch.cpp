@@ -9,10 +9,15 @@
 
 namespace fastpie::cpu {
 
-#define FASTPIE_DECLARE_KERNELS(isa)                              \
-  namespace isa {                                                 \
-  Status null(const NullArgs& args, int threads);                 \
-  Status disagreement(const DisagreementArgs& args, int threads); \
+// Every operation: a new one is a line here.
+#define FASTPIE_FOR_EACH_KERNEL(X) \
+  X(null, NullArgs)                \
+  X(disagreement, DisagreementArgs)
+
+#define FASTPIE_DECLARE_KERNEL(name, Args) Status name(const Args& args, int threads);
+#define FASTPIE_DECLARE_KERNELS(isa)              \
+  namespace isa {                                 \
+  FASTPIE_FOR_EACH_KERNEL(FASTPIE_DECLARE_KERNEL) \
   }
 FASTPIE_DECLARE_KERNELS(baseline)
 #ifdef FASTPIE_X86_KERNELS
@@ -83,15 +88,11 @@ Status active_isa(Isa* isa) {
   return {"Expected FASTPIE_CPU_CAPABILITY to be one of baseline, default, avx2, avx512"};
 }
 
-Status null(const NullArgs& args, int threads) {
-  static constexpr Status (*const kTable[])(const NullArgs&, int) = FASTPIE_KERNEL_TABLE(null);
-  return run(kTable, args, threads);
-}
-
-Status disagreement(const DisagreementArgs& args, int threads) {
-  static constexpr Status (*const kTable[])(const DisagreementArgs&, int) =
-      FASTPIE_KERNEL_TABLE(disagreement);
-  return run(kTable, args, threads);
-}
+#define FASTPIE_FORWARD(name, Args)                                                           \
+  Status name(const Args& args, int threads) {                                                \
+    static constexpr Status (*const kTable[])(const Args&, int) = FASTPIE_KERNEL_TABLE(name); \
+    return run(kTable, args, threads);                                                        \
+  }
+FASTPIE_FOR_EACH_KERNEL(FASTPIE_FORWARD)
 
 }  // namespace fastpie::cpu

@@ -83,3 +83,20 @@ def test_objects_export_no_weak_or_unique_symbol(objects: dict[str, list[Path]])
         for path in paths:
             weak = [s for s in defined_symbols(path) if s[0] in "WwVvu"]
             assert not weak, f"{path} exports weak symbols {weak}"
+
+
+# Types and C functions: nothing that the compiler could make a weak symbol of.
+ALLOWED_OF_STD = {
+    "free", "int32_t", "int64_t", "malloc", "size_t", "uint16_t", "uint32_t", "uint64_t", "uintptr_t",
+}  # fmt: skip
+
+
+def test_kernel_sources_take_only_types_and_c_functions_from_the_standard_library():
+    """What an optimiser leaves of a template is up to it: the sources themselves are read too."""
+    cmake = (ROOT / "CMakeLists.txt").read_text()
+    names = re.search(r"set\(operations ([^)]*)\)", cmake)
+    assert names is not None
+    sources = [ROOT / "csrc/cpu" / f"{name}.cpp" for name in names[1].split()]
+    for source in [*sources, ROOT / "csrc/cpu/vec.h"]:
+        code = re.sub(r"//.*", "", source.read_text())
+        assert set(re.findall(r"std::(\w+)", code)) <= ALLOWED_OF_STD, source

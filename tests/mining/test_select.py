@@ -13,12 +13,6 @@ import pytest
 
 import fastpie
 
-RECORD = {
-    "format": "fastpie-run-1",
-    **{key: {} for key in ("versions", "config", "fingerprints", "note")},
-    **dict.fromkeys(("labelled", "image_shape", "batches_per_part", "hardness"), None),
-}
-
 
 @pytest.fixture
 def result(tmp_path: Path) -> fastpie.MiningResult:
@@ -39,7 +33,7 @@ def result(tmp_path: Path) -> fastpie.MiningResult:
     (tmp_path / "scores").mkdir()
     for part in range(2):
         pq.write_table(table.slice(part * 5, 5), tmp_path / "scores" / f"part-{part:06d}.parquet")
-    (tmp_path / "run.json").write_text(json.dumps(RECORD))
+    (tmp_path / "run.json").write_text(json.dumps({"format": "fastpie-run-1", "config": {}}))
     return fastpie.MiningResult(tmp_path)
 
 

@@ -277,10 +277,3 @@ def test_operator_under_torch_compile() -> None:
 
     expected = fastpie.ops.disagreement(dense, pruned, labels) * 2
     torch.testing.assert_close(hardness(dense, pruned, labels), expected, equal_nan=True)
-
-
-def test_null() -> None:
-    input = torch.randn(7, 1001, device="cuda")
-    torch.testing.assert_close(fastpie.ops.null(input), input, rtol=0, atol=0)
-    pytest.importorskip("triton", reason="the package triton is not installed")
-    torch.testing.assert_close(_native.triton_kernels().null(input), input, rtol=0, atol=0)

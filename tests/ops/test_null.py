@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastpie import _C, FastpieError, ops
-from fastpie.ops import reference
+from fastpie.ops import _native, reference
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (1,), (3, 0, 2), (7,), (5, 3, 2), (100_003,)])
@@ -71,3 +71,12 @@ def test_each_instruction_set_copies(capability: str, monkeypatch: pytest.Monkey
     assert _C.cpu_capability() == capability
     x = torch.randn(40_001)
     assert torch.equal(ops.null(x), x)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_on_a_gpu() -> None:
+    x = torch.randn(7, 1001, device="cuda")
+    assert torch.equal(ops.null(x), x)
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    assert torch.equal(_native.triton_kernels().null(x), x)

@@ -1,4 +1,9 @@
-// null: copies `count` fp32 values from `input` to `output`, which must not overlap.
+// null: copies an array.
+//
+//   input   fp32 [count] contiguous
+//   output  fp32 [count] contiguous, must not overlap `input`; every element is written
+//
+// Bits are kept, those of a NaN too. A count of 0 does nothing.
 //
 // It does nothing useful: it is the smallest operation that walks the whole road from C++ to
 // Python, and the page to read before adding one (CONTRIBUTING.md, "A new operation").

@@ -44,6 +44,9 @@ __all__ = ["DEFAULT_LADDER", "mine"]
 DEFAULT_LADDER = (0.1, 0.3, 0.5, 0.7)
 """Levels that a plain model is pruned at; a fixed .9 ranks wrong labels worse than chance."""
 
+_NEEDED_TO_RESUME = {
+    "versions", "config", "fingerprints", "labelled", "label_kind", "image_shape", "batches_per_part",
+}  # fmt: skip
 _RECALIBRATION_SAMPLES = 2048
 _SAMPLES_LOOKED_AT = 8  # at the start: shape and labels of most of them are those of the run
 _SAMPLES_TRIED = 256  # at the start: if none of them can be scored, the format is wrong
@@ -329,6 +332,12 @@ class _Run:
         )
 
     def _check_same(self, record: dict[str, Any], fingerprints: dict[str, str]) -> None:
+        missing = _NEEDED_TO_RESUME - record.keys()
+        if missing:
+            raise FastpieError(
+                f"Expected a run.json in {self.folder.path} to go on from, but it has no "
+                f"{sorted(missing)}. Choose another folder, or remove this one."
+            )
         before = {**record["config"], **record["fingerprints"]}
         now = {**self.config, **fingerprints}
         differing = [

@@ -28,10 +28,6 @@ from fastpie.errors import FastpieError
 __all__ = ["ERRORS_SCHEMA", "NO_ROWS", "RunFolder", "config_hash", "explained"]
 
 FORMAT = "fastpie-run-1"
-_RECORD_KEYS = {
-    "versions", "config", "fingerprints", "labelled", "image_shape", "batches_per_part", "hardness",
-    "note",
-}  # fmt: skip
 ERRORS_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -127,9 +123,6 @@ class RunFolder:
             record = json.loads(self.record_path.read_bytes())
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r}")
-            missing = _RECORD_KEYS - record.keys()
-            if missing:
-                raise ValueError(f"no {sorted(missing)}")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,9 +1,8 @@
 """The operator `null`: a copy, and the tutorial for adding an operation.
 
-A kernel travels one road: contract header -> cpu/cuda source -> binding -> operator (this file) ->
-reference twin -> test -> benchmark. This file is the fourth stop: it gives the kernel a schema, so
-that torch knows it; an implementation per device; and a fake kernel, so that torch.compile and
-torch.export can trace through it without running it.
+This file is stop 6 of the nine in CONTRIBUTING.md: it gives the kernel a schema, so that torch knows
+it; an implementation per device; a fake kernel, so that torch.compile and torch.export can trace
+through it without running it; and a derivative.
 """
 
 from __future__ import annotations

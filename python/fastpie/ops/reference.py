@@ -14,7 +14,10 @@ __all__ = ["disagreement", "null", "spearman"]
 
 
 def null(input: Tensor) -> Tensor:
-    """Copy a tensor."""
+    """Copy a tensor.
+
+    A twin takes what the operator takes and says in torch's words what the kernel computes.
+    """
     return input.clone(memory_format=torch.contiguous_format)
 
 
