@@ -14,8 +14,8 @@ import torch
 from scipy import stats
 
 from benchmarks import harness
+from benchmarks.torch_scores import torch_scores
 from fastpie import ops
-from fastpie.ops import reference
 
 CASES = ((21081, 20), (100_000, 10), (4096, 1000), (256, 10_000))
 
@@ -56,14 +56,14 @@ def all_scores_rows() -> list[dict[str, Any]]:
             torch.manual_seed(0)
             dense = torch.randn(count, classes)
             pruned = (dense + torch.randn_like(dense)).unsqueeze(0)
-            compiled = torch.compile(reference.disagreement, dynamic=False)
+            compiled = torch.compile(torch_scores, dynamic=False)
             providers = {
                 "fastpie": lambda d=dense, p=pruned, t=task: ops.disagreement(d, p, None, t),
-                "the same scores in PyTorch (fp64), eager": lambda d=dense, p=pruned, t=task: (
-                    reference.disagreement(d, p, None, t)
+                "the same scores in PyTorch (fp32), eager": lambda d=dense, p=pruned, t=task: (
+                    torch_scores(d, p, t)
                 ),
-                "the same scores in PyTorch (fp64), torch.compile": (
-                    lambda d=dense, p=pruned, t=task, f=compiled: f(d, p, None, t)
+                "the same scores in PyTorch (fp32), torch.compile": (
+                    lambda d=dense, p=pruned, t=task, f=compiled: f(d, p, t)
                 ),
             }
             timings = harness.interleave(providers, repeats=9, seconds=10)

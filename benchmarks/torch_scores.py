@@ -1,0 +1,48 @@
+"""The scores of `disagreement` in plain fp32 PyTorch: the peer of the kernels' benchmarks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["torch_scores"]
+
+
+def torch_scores(dense: Tensor, pruned: Tensor, task: str) -> Tensor:
+    """Every score without labels in plain fp32 PyTorch, as one would write it for speed."""
+    z, y = dense.float().expand(pruned.shape), pruned.float()
+    if task == "multiclass":
+        log_p, log_q = functional.log_softmax(z, -1), functional.log_softmax(y, -1)
+        js, kl, kl_reverse = _divergences(log_p, log_q)
+        flip = z.argmax(-1) != y.argmax(-1)
+    else:
+        there = _divergences(functional.logsigmoid(z), functional.logsigmoid(y))
+        absent = _divergences(functional.logsigmoid(-z), functional.logsigmoid(-y))
+        js, kl, kl_reverse = ((a + b) / z.shape[-1] for a, b in zip(there, absent, strict=True))
+        flip = ((z > 0) != (y > 0)).any(-1)
+    rank_z, rank_y = _centred_ranks(z), _centred_ranks(y)
+    squares = rank_z.square().sum(-1) * rank_y.square().sum(-1)
+    spearman = (rank_z * rank_y).sum(-1) / squares.sqrt()
+    difference = functional.normalize(z, dim=-1) - functional.normalize(y, dim=-1)
+    drift = torch.linalg.vector_norm(difference, dim=-1)
+    margins = [t[..., 0] - t[..., 1] for t in (z.topk(2, -1).values, y.topk(2, -1).values)]
+    unknown = torch.full_like(js, math.nan)
+    scores = [js, kl, kl_reverse, spearman, flip.float(), *margins, drift, *[unknown] * 3]
+    return torch.stack(scores)
+
+
+def _divergences(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    p, q = log_p.exp(), log_q.exp()
+    log_m = ((p + q) / 2).clamp(min=1e-38).log()
+    js = ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1)) / 2
+    return js, (p * (log_p - log_q)).sum(-1), (q * (log_q - log_p)).sum(-1)
+
+
+def _centred_ranks(z: Tensor) -> Tensor:
+    z = z.contiguous()
+    ordered = z.sort(-1).values
+    less = torch.searchsorted(ordered, z)
+    return (less + torch.searchsorted(ordered, z, right=True) - z.shape[-1]).float()
