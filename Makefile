@@ -38,6 +38,7 @@ test: install
 
 bench: install
 	$(BIN)/python -m benchmarks.bench_disagreement
+	$(BIN)/python -m benchmarks.bench_demo
 
 bench-report: install
 	$(BIN)/python -m benchmarks.report

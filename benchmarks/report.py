@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from benchmarks.harness import RESULTS
 
 ROOT = RESULTS.parent.parent
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
 def load() -> list[dict[str, Any]]:
@@ -22,6 +21,28 @@ def load() -> list[dict[str, Any]]:
         content = json.loads(path.read_text())
         rows += [{**row, "file": path.name, "head": content} for row in content["rows"]]
     return rows
+
+
+def demo_table(row: dict[str, Any]) -> str:
+    """What `make demo` printed, as Markdown."""
+    lines = ["| training | accuracy, overall | accuracy, three rarest classes |", "|---|---|---|"]
+    for r in row["accuracy"]:
+        lines.append(f"| {r['training']} | {r['overall']:.3f} | {r['tail_classes']:.3f} |")
+    lines += [
+        "",
+        "| wrong labels found by | precision at 5 % | precision at 10 % |",
+        "|---|---|---|",
+    ]
+    for r in row["found"]:
+        five, ten = r["precision_at_5_percent"], r["precision_at_10_percent"]
+        lines.append(f"| {r['score']} | {five:.3f} | {ten:.3f} |")
+    lines += [
+        "",
+        f"{row['samples']} training images, {row['wrong_labels']} wrong labels, mean of {row['seeds']} "
+        f"repetitions; mining {row['images_per_second']:.0f} images/s, start-up included. "
+        + _source(row),
+    ]
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -36,16 +57,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['provider']} | {_time(row['seconds']['p50'])} | {row['baseline']} "
             f"| {_time(row['baseline_seconds']['p50'])} | **{row['ratio']:g}x** |"
         )
-    for name in sorted({row["file"] for row in rows}):
-        head = next(row["head"] for row in rows if row["file"] == name)
-        machine, versions = head["machine"], head["versions"]
-        lines.append("")
-        lines.append(
-            f"`benchmarks/results/{name}`: {machine['gpu'] or machine['cpu']}, {machine['cores']} "
-            f"threads, {machine['isa']}; torch {versions['torch']}; commit {head['commit']}, "
-            f"{head['date']}; `{head['command']}`."
-        )
+    for source in sorted({_source(row) for row in rows}):
+        lines += ["", source]
     return "\n".join(lines)
+
+
+def _source(row: dict[str, Any]) -> str:
+    head = row["head"]
+    machine, versions = head["machine"], head["versions"]
+    return (
+        f"`benchmarks/results/{row['file']}`: {machine['gpu'] or machine['cpu']}, "
+        f"{machine['cores']} threads, {machine['isa']}; torch {versions['torch']}; commit "
+        f"{head['commit']}, {head['date']}; `{head['command']}`."
+    )
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -78,13 +102,20 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Rewrite what is between the markers of the README, and the plot."""
     rows = load()
+    speed = [row for row in rows if "ratio" in row]
+    blocks = {"benchmarks": table(speed)}
+    for row in rows:
+        if row["head"]["what"] == "demo":
+            blocks["demo"] = demo_table(row)
     readme = ROOT / "README.md"
     text = readme.read_text()
-    block = f"{BEGIN}\n{table(rows)}\n{END}"
-    readme.write_text(
-        re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: block, text, flags=re.DOTALL)
-    )
-    plot(rows, ROOT / "docs" / "benchmarks.svg")
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        text = re.sub(
+            f"{begin}.*{end}", lambda _, b=f"{begin}\n{block}\n{end}": b, text, flags=re.DOTALL
+        )
+    readme.write_text(text)
+    plot(speed, ROOT / "docs" / "benchmarks.svg")
     print(f"{len(rows)} rows")
 
 
