@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 import fastpie.ops
+from disagreement_cases import KINDS, assert_close_to_twin, labels_of, logits
 from fastpie import _C
 from fastpie.errors import FastpieError
-from fastpie.ops import _native, reference
+from fastpie.ops import _native
 from fastpie.ops.disagreement import SCORES, _kernel_arguments
 
 pytestmark = [
@@ -19,100 +20,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
 
-KINDS = [
-    "plain",
-    "near",
-    "identical",
-    "ties",
-    "constant",
-    "1e4",
-    "tiny",
-    "largest",
-    "special",
-    "-inf",
-]
 SENTINEL = -12345.0
 Kernel = Callable[[Tensor, Tensor, "Tensor | None", str], Tensor]
-
-
-def _logits(
-    kind: str, levels: int, rows: int, classes: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:  # [N, C], [L, N, C]
-    """Fresh random logits of one kind; the levels lie ever further from the dense model."""
-    distance = torch.logspace(-2, 0.5, levels)[:, None, None]
-    dense = 3 * torch.randn(rows, classes)
-    pruned = dense + distance * torch.randn(levels, rows, classes)
-    if kind == "near":
-        pruned = dense + 1e-3 * torch.randn(levels, rows, classes)
-    elif kind == "identical":
-        pruned = dense.expand(levels, rows, classes).clone()
-    elif kind == "ties":
-        dense, pruned = dense.round(), pruned.round()
-        pruned = torch.where(pruned == 0, -0.0, pruned)
-    elif kind == "constant":
-        dense = dense[:, :1].expand(rows, classes).clone()
-    elif kind == "1e4":
-        dense, pruned = 1e4 * dense, 1e4 * pruned
-    elif kind == "tiny":
-        dense, pruned = 1e-20 * dense, 1e-13 * pruned
-    elif kind == "largest":
-        # Not the largest float itself: a KL that rounds to it may as well round to infinity.
-        values = torch.finfo(dtype).max * torch.tensor([0.97, -0.91, 0.62, -0.23, 0.0, 1e-38])
-        dense = values[torch.randint(0, len(values), (rows, classes))]
-        pruned = values[torch.randint(0, len(values), (levels, rows, classes))]
-    elif kind == "special":
-        values = torch.tensor([torch.nan, torch.inf, -torch.inf])
-        for logits in (dense, pruned):
-            hit = torch.rand(logits.shape) < 0.5 / classes
-            logits[hit] = values[torch.randint(0, 3, (int(hit.sum()),))]
-    elif kind == "-inf":
-        for logits in (dense, pruned):
-            logits[torch.rand(logits.shape) < 0.3] = -torch.inf
-    return dense.to(dtype), pruned.to(dtype)
-
-
-def _labels(task: str, rows: int, classes: int) -> Tensor:
-    """Labels of which a fifth is wrong (multiclass) or unknown (multilabel)."""
-    hit = torch.rand(rows) < 0.2
-    if task == "multiclass":
-        wrong = torch.tensor([-1, classes, -(2**63), 2**62])[torch.randint(0, 4, (rows,))]
-        return torch.where(hit, wrong, torch.randint(0, classes, (rows,)))
-    targets = (torch.rand(rows, classes) < 0.3).float()
-    targets[torch.rand(rows, classes) < 0.2] = torch.nan
-    targets[hit] = torch.tensor([torch.nan, 0.0, 1.0])[torch.randint(0, 3, (rows,))][hit, None]
-    return targets
-
-
-def _assert_close(
-    scores: Tensor,  # [11, L, N]
-    dense: Tensor,
-    pruned: Tensor,
-    labels: Tensor | None,
-    task: str,
-) -> None:
-    """Against the fp64 twin: the same NaN and infinities, and fp32 accuracy elsewhere."""
-    scores, dense, pruned = scores.cpu(), dense.cpu().double(), pruned.cpu().double()
-    if labels is not None:
-        labels = labels.cpu() if task == "multiclass" else labels.cpu().double()
-    expected = reference.disagreement(dense, pruned, labels, task).float()
-    torch.testing.assert_close(scores.isnan(), expected.isnan(), rtol=0, atol=0)
-    # (relative, absolute): KL and JS are sums of non-negative terms, and so accurate also where
-    # tiny; the margins are exact; drift and damage are differences of rounded numbers.
-    tolerance = dict.fromkeys(SCORES, (1e-5, 1e-6))
-    tolerance |= dict.fromkeys(("js", "kl", "kl_reverse"), (2e-4, 1e-11))
-    tolerance |= dict.fromkeys(("flip", "margin_dense", "margin_pruned"), (0.0, 0.0))
-    losses = torch.cat([expected[8:10], torch.ones_like(expected[:1])]).nan_to_num(0, 0, 0)
-    tolerance["damage"] = (1e-5, 1e-6 * float(losses.max()))
-    for name, got, wanted in zip(SCORES, scores, expected, strict=True):
-        relative, absolute = tolerance[name]
-        torch.testing.assert_close(
-            got,
-            wanted,
-            rtol=relative,
-            atol=absolute,
-            equal_nan=True,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
 
 
 def _cuda(dense: Tensor, pruned: Tensor, labels: Tensor | None, task: str) -> Tensor:
@@ -143,7 +52,7 @@ def _check(
     labels = None if labels is None else labels.cuda()
     scores = kernel(dense, pruned, labels, task)
     assert scores.shape == (11, *pruned.shape[:2])
-    _assert_close(scores, dense, pruned, labels, task)
+    assert_close_to_twin(scores, dense, pruned, labels, task)
     return scores
 
 
@@ -154,8 +63,8 @@ def _check(
     "classes", [1, 2, 3, 8, 9, 17, 20, 25, 33, 64, 65, 127, 128, 129, 257, 1000]
 )
 def test_kinds(kernel: Kernel, classes: int, kind: str, task: str) -> None:
-    dense, pruned = _logits(kind, 3, 37, classes, torch.float32)
-    _check(kernel, dense, pruned, _labels(task, 37, classes), task)
+    dense, pruned = logits(kind, 3, 37, classes, torch.float32)
+    _check(kernel, dense, pruned, labels_of(task, 37, classes), task)
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
@@ -165,8 +74,8 @@ def test_kinds(kernel: Kernel, classes: int, kind: str, task: str) -> None:
 def test_half_precision(
     kernel: Kernel, dtype: torch.dtype, classes: int, kind: str, task: str
 ) -> None:
-    dense, pruned = _logits(kind, 2, 65, classes, dtype)
-    _check(kernel, dense, pruned, _labels(task, 65, classes), task)
+    dense, pruned = logits(kind, 2, 65, classes, dtype)
+    _check(kernel, dense, pruned, labels_of(task, 65, classes), task)
 
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
@@ -176,8 +85,8 @@ def test_half_precision(
 def test_large_classes(
     kernel: Kernel, classes: int, dtype: torch.dtype, kind: str, task: str
 ) -> None:
-    dense, pruned = _logits(kind, 2, 5, classes, dtype)
-    labels = _labels(task, 5, classes)
+    dense, pruned = logits(kind, 2, 5, classes, dtype)
+    labels = labels_of(task, 5, classes)
     if kernel is _cuda and classes > _C.cuda_max_classes:
         with pytest.raises(FastpieError, match="16384 classes"):
             _check(kernel, dense, pruned, labels, task)
@@ -187,8 +96,8 @@ def test_large_classes(
 
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
 @pytest.mark.parametrize("classes", [1, 20, 600])
-def test_without_labels(kernel: Kernel, classes: int, task: str) -> None:
-    dense, pruned = _logits("plain", 2, 33, classes, torch.float32)
+def test_withoutlabels_of(kernel: Kernel, classes: int, task: str) -> None:
+    dense, pruned = logits("plain", 2, 33, classes, torch.float32)
     assert _check(kernel, dense, pruned, None, task)[8:].isnan().all()
 
 
@@ -197,7 +106,7 @@ def test_without_labels(kernel: Kernel, classes: int, task: str) -> None:
 def test_identical_rows_disagree_by_exactly_nothing(
     kernel: Kernel, classes: int, task: str
 ) -> None:
-    dense, pruned = _logits("identical", 3, 129, classes, torch.float32)
+    dense, pruned = logits("identical", 3, 129, classes, torch.float32)
     zeros = torch.zeros(129, dtype=torch.int64)
     labels = zeros if task == "multiclass" else torch.ones(129, classes)
     scores = dict(zip(SCORES, _check(kernel, dense, pruned, labels, task), strict=True))
@@ -214,14 +123,16 @@ def test_more_rows_than_one_wave_of_blocks(kernel: Kernel, classes: int) -> None
     labels = torch.randint(0, classes, (rows,), device="cuda")
     scores = kernel(dense, pruned, labels, "multiclass")
     for part in (slice(0, 999), slice(rows - 999, rows)):
-        _assert_close(scores[:, :, part], dense[part], pruned[:, part], labels[part], "multiclass")
+        assert_close_to_twin(
+            scores[:, :, part], dense[part], pruned[:, part], labels[part], "multiclass"
+        )
     assert not scores.isnan().any()
 
 
 @pytest.mark.parametrize("classes", [5, 300])
 def test_strided_inputs(kernel: Kernel, classes: int) -> None:
-    dense, pruned = _logits("plain", 2, 9, classes + 4, torch.bfloat16)
-    labels = _labels("multiclass", 9, classes)
+    dense, pruned = logits("plain", 2, 9, classes + 4, torch.bfloat16)
+    labels = labels_of("multiclass", 9, classes)
     # Odd offsets: nothing may load more than one element at a time without looking.
     _check(
         kernel,
@@ -244,7 +155,7 @@ def test_empty(kernel: Kernel, shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("classes", [20, 1000])
 def test_runs_on_the_current_stream(kernel: Kernel, classes: int) -> None:
-    dense, pruned = (t.cuda() for t in _logits("plain", 1, 512, classes, torch.float32))
+    dense, pruned = (t.cuda() for t in logits("plain", 1, 512, classes, torch.float32))
     kernel(dense, pruned, None, "multiclass")  # compiled and loaded before the race begins
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -253,12 +164,12 @@ def test_runs_on_the_current_stream(kernel: Kernel, classes: int) -> None:
         late = dense * 2
         scores = kernel(late, pruned, None, "multiclass")
     torch.cuda.current_stream().wait_stream(stream)
-    _assert_close(scores, dense * 2, pruned, None, "multiclass")
+    assert_close_to_twin(scores, dense * 2, pruned, None, "multiclass")
 
 
 @pytest.mark.parametrize("classes", [20, 1000])
 def test_same_bits_every_time(kernel: Kernel, classes: int) -> None:
-    dense, pruned = (t.cuda() for t in _logits("ties", 2, 700, classes, torch.float32))
+    dense, pruned = (t.cuda() for t in logits("ties", 2, 700, classes, torch.float32))
     labels = torch.randint(0, classes, (700,), device="cuda")
     first = kernel(dense, pruned, labels, "multiclass")
     for _ in range(20):
@@ -268,7 +179,7 @@ def test_same_bits_every_time(kernel: Kernel, classes: int) -> None:
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32")  # inductor's advice on matmuls; there are none
 def test_operator_under_torch_compile() -> None:
-    dense, pruned = (t.cuda() for t in _logits("plain", 2, 33, 20, torch.float32))
+    dense, pruned = (t.cuda() for t in logits("plain", 2, 33, 20, torch.float32))
     labels = torch.randint(0, 20, (33,), device="cuda")
 
     @torch.compile(fullgraph=True)
