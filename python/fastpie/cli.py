@@ -34,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-_messages = Console(stderr=True, highlight=False)
+_messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Task(str, Enum):
