@@ -16,7 +16,7 @@ install: $(INSTALLED)
 
 $(VENV)/.build-tools: constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt "scikit-build-core>=0.10" "pybind11>=2.13" \
+	$(PIP) install --quiet --constraint constraints.txt "scikit-build-core>=0.11" "pybind11>=2.13" \
 	  "cmake>=3.21" "ninja>=1.10" torch
 	touch $@
 

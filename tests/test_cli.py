@@ -28,11 +28,9 @@ def fastpie_cli(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["fastpie", *map(str, arguments)])
         if cwd is not None:
             monkeypatch.chdir(cwd)
-        grad = torch.is_grad_enabled()
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        torch.set_grad_enabled(grad)
         out, err = capfd.readouterr()
         return SimpleNamespace(returncode=stop.value.code or 0, stdout=out, stderr=err)
 
@@ -137,6 +135,7 @@ def test_doctor_says_what_is_usable(fastpie_cli, project):
             "no such file",
         ),
         (["report", "no-run"], 1, "run.json"),
+        (["prune", "--model", "fastpie:prune", "--out", "x"], 1, "build a network"),
     ],
 )
 def test_failures_say_why_and_exit_with_their_code(fastpie_cli, arguments, code, message, tmp_path):
@@ -181,3 +180,38 @@ def test_the_installed_command_and_the_module_are_the_same_program():
         assert done.returncode == 1
         assert done.stdout == ""
         assert "Expected a run folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (["--channels", "3"], 1, "take images of shape [3, 8, 8]"),
+        (["--device", "nonsense"], 1, "--device"),
+        (["--size", "8,9,10"], 2, "--size"),
+        (["--size", "nan"], 2, "--size"),
+        (["--labels", "label,path"], 1, "multilabel"),
+    ],
+)
+def test_wrong_data_options_say_so(fastpie_cli, project, tmp_path, options, code, message):
+    done = fastpie_cli(*mine_arguments(project, tmp_path / "run"), *options)
+    assert done.returncode == code
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+
+
+def test_other_preprocessing_or_labels_are_another_configuration(fastpie_cli, project, tmp_path):
+    assert fastpie_cli(*mine_arguments(project, tmp_path / "run")).returncode == 0
+    done = fastpie_cli(*mine_arguments(project, tmp_path / "run"), "--mean", "0.5")
+    assert done.returncode == 1
+    assert "samples:" in done.stderr
+
+
+def test_report_of_a_run_with_a_note_of_the_user_s(fastpie_cli, tmp_path):
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.randn(9, 4), torch.arange(9) % 3)
+    for number, note in enumerate(({"data": "ours"}, {"fastpie.cli": "ours"})):
+        run = tmp_path / str(number)
+        fastpie.mine(
+            torch.nn.Linear(4, 3), data, run, sample_ids=range(9), note=note, progress=False
+        )
+        assert fastpie_cli("report", run).returncode == 0

@@ -34,6 +34,8 @@ def test_one_short_demo_leaves_what_it_says(tmp_path, monkeypatch):
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train.csv").write_text("path,label\n")
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(fastpie.FastpieError, match="other files"):
         demo.run_demo(tmp_path)

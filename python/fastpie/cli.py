@@ -34,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_NOTE = "fastpie.cli"  # in run.json's `note`: how the command line opened the data
 _messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -185,7 +186,13 @@ def mine(
     import fastpie
     from fastpie.mining.preflight import preflight
 
-    network = _load_model(model, model_args, weights, unpickle).to(device)
+    network = _load_model(model, model_args, weights, unpickle)
+    try:
+        network = network.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise FastpieError(
+            f"Expected --device to be one that torch can use, but got {device!r}: {error}"
+        ) from error
     chosen = fastpie.Masks.load(masks) if masks else fastpie.prune(network, _sparsities(sparsity))
     dual = fastpie.DualModel(network, chosen, features=features or None)
     source = {
@@ -195,7 +202,7 @@ def mine(
         "task": task.value,
         "class_names": _names(classes),
         "path_column": path_column,
-        "size": [int(v) for v in _numbers("--size", size)],
+        "size": _size(size),
         "mean": _numbers("--mean", mean),
         "std": _numbers("--std", std),
         "channels": channels,
@@ -215,7 +222,7 @@ def mine(
         keep_features=keep_features,
         precision=precision.value,
         retry_errors=retry_errors,
-        note={"data": source, "preflight": check},
+        note={_NOTE: {"data": source, "preflight": check}},
     )
     written = _write_report(result, dataset) if report else None
     _print_result(result, written, as_json)
@@ -234,7 +241,9 @@ def report(
     from fastpie.report import write_report
 
     result = fastpie.MiningResult(run)
-    source = result.record["note"].get("data")
+    note = result.record.get("note")
+    ours = note.get(_NOTE) if isinstance(note, dict) else None
+    source = ours.get("data") if isinstance(ours, dict) else None
     dataset = None
     if source is not None:
         try:
@@ -326,7 +335,6 @@ def doctor(as_json: _Json = False) -> None:
 
 def _load_model(factory: str, arguments: str, weights: Path | None, unpickle: bool) -> nn.Module:
     """Build the network and load its weights."""
-    import torch
     from torch import nn
 
     module_name, _, name = factory.partition(":")
@@ -344,7 +352,7 @@ def _load_model(factory: str, arguments: str, weights: Path | None, unpickle: bo
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
     try:
         model = getattr(importlib.import_module(module_name), name)(**keywords)
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:
         raise FastpieError(
             f"Expected --model {factory} to build a network, but: {error}"
         ) from error
@@ -362,7 +370,6 @@ def _load_model(factory: str, arguments: str, weights: Path | None, unpickle: bo
             ) from error
     else:
         _messages.print("No --weights: the network is used as the factory builds it.")
-    torch.set_grad_enabled(False)
     return model.eval()
 
 
@@ -402,7 +409,7 @@ def _open_data(source: dict[str, Any]) -> ManifestDataset:
     return ManifestDataset(
         source["source"],
         root=source["root"],
-        labels=(labels if source["task"] == "multilabel" else ",".join(labels)) or None,
+        labels=labels[0] if len(labels) == 1 and source["task"] != "multilabel" else labels or None,
         task=source["task"],
         class_names=source["class_names"] or None,
         path_column=source["path_column"],
@@ -426,6 +433,15 @@ def _numbers(option: str, text: str) -> list[float]:
         raise typer.BadParameter(
             f"expected numbers with commas, but got {text!r}", param_hint=option
         ) from error
+
+
+def _size(text: str) -> list[int]:
+    values = _numbers("--size", text)
+    if len(values) > 2 or not all(v.is_integer() and v > 0 for v in values):
+        raise typer.BadParameter(
+            f"expected one or two whole numbers above 0, but got {text!r}", param_hint="--size"
+        )
+    return [int(v) for v in values]
 
 
 def _sparsities(text: str) -> float | list[float]:

@@ -287,10 +287,12 @@ def _mean(rows: list[tuple[float, float]], column: int) -> float:
 
 def _clear(out: Path) -> None:
     """Remove an earlier demo, and nothing else."""
+    mark = out / ".fastpie-demo"
     if out.exists() and any(out.iterdir()):
-        if not (out / "images").is_dir() or not (out / "train.csv").is_file():
+        if not mark.is_file():
             raise FastpieError(
                 f"Expected an empty folder or an earlier demo at {out}, but it holds other files."
             )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
+    mark.touch()  # first, so that an interrupted demo is still one

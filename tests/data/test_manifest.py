@@ -150,3 +150,32 @@ def test_a_missing_manifest_and_an_empty_folder_are_refused(root):
 def test_bad_preprocessing_is_refused(bad):
     with pytest.raises(FastpieError):
         Preprocessing(**bad)
+
+
+@pytest.mark.parametrize("odd", ["NA", "?", "1.5"])
+def test_names_among_indices_are_refused(root, odd):
+    with pytest.raises(FastpieError, match="mixes them"):
+        ManifestDataset(write(root, f"path,label\nrgb.png,1\ngrey.png,{odd}\n"), labels="label")
+
+
+def test_nan_among_indices_is_a_missing_label(root):
+    table = pa.table({"path": ["rgb.png", "grey.png"], "label": [10.0, float("nan")]})
+    pq.write_table(table, root / "data.parquet")
+    assert ManifestDataset(root / "data.parquet", labels="label").labels == [10, -1]
+
+
+def test_the_fingerprint_follows_labels_and_preprocessing(root):
+    def fingerprint(label=1, **preprocessing):
+        source = write(root, f"path,label\nrgb.png,{label}\n")
+        return ManifestDataset(
+            source, labels="label", preprocessing=Preprocessing(**preprocessing)
+        ).fingerprint
+
+    assert fingerprint() == fingerprint()
+    assert len({fingerprint(), fingerprint(label=2), fingerprint(mean=[0.5])}) == 3
+
+
+def test_float_images_are_refused(root):
+    Image.fromarray(np.ones((4, 4), np.float32)).save(root / "float.tiff")
+    with pytest.raises(FastpieError, match="floats"):
+        ManifestDataset(write(root, "path\nfloat.tiff\n"))[0]

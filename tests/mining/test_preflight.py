@@ -86,3 +86,24 @@ def test_mean_auroc_equals_scikit_learn_and_skips_unknown():
     labels[unknown] = np.nan
     got = mean_auroc(torch.from_numpy(scores), torch.from_numpy(labels))
     assert got == pytest.approx(expected)
+
+
+class HalfLabelled(Clusters):
+    """Every second label is missing, and one image is of another shape."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return (image[:2] if index == 8 else image), (label if index % 2 else -1)
+
+
+def test_missing_labels_and_odd_images_do_not_count():
+    check = preflight(classifier(), HalfLabelled(), task="multiclass")
+    assert check["values"]["dense"] == 1.0
+    assert check["samples"] == 88
+
+
+def test_a_model_that_refuses_the_images_is_named():
+    model = nn.Linear(5, 3)
+    dual = fastpie.DualModel(model, fastpie.prune(model, 0.5))
+    with pytest.raises(fastpie.FastpieError, match=r"take images of shape \[4\]"):
+        preflight(dual, Clusters(), task="multiclass")

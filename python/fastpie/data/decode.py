@@ -52,15 +52,20 @@ def decode(path: Path, preprocessing: Preprocessing) -> Tensor:  # [C, H, W] fp3
     8-bit values are divided by 255, 16-bit ones by 65535.
 
     Raises:
-        FastpieError: if the file is empty.
+        FastpieError: if the file is empty, or holds floating-point values.
         OSError: if it is missing, truncated or no image (Pillow's own message).
     """
     if path.stat().st_size == 0:
         raise FastpieError(f"Expected an image, but {path.name} is empty (0 bytes).")
     with Image.open(path) as image:
+        if image.mode == "F":
+            raise FastpieError(
+                f"Expected an image of 8 or 16 bits, but {path.name} holds floats, whose range no one "
+                "knows."
+            )
         if image.mode.startswith("I"):  # 16-bit grey (I;16) opens as 16 or 32-bit integers
             grey = np.asarray(image, dtype=np.float32) / 65535.0
-            image = Image.fromarray(grey, mode="F")
+            image = Image.fromarray(grey)  # fp32 becomes mode "F"
             planes = [_resized(image, preprocessing.size)] * preprocessing.channels
         else:
             image = image.convert("L" if preprocessing.channels == 1 else "RGB")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,16 @@ class ManifestDataset(Dataset[tuple[Any, ...]]):
                     "labels an image use task='multilabel'."
                 )
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of labels and preprocessing: what decides a score besides the files themselves.
+
+        `fastpie.mine` refuses to go on with a run whose data set has another one.
+        """
+        labels = [v.tolist() if isinstance(v, Tensor) else v for v in self.labels or ()]
+        text = json.dumps([labels, self.class_names, asdict(self.preprocessing)])
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def __len__(self) -> int:
         return len(self.paths)
 
@@ -115,6 +128,12 @@ class ManifestDataset(Dataset[tuple[Any, ...]]):
         if self.class_names is None and None not in numbers:
             return [-1 if n is None else n for n in numbers]
         if self.class_names is None:
+            if any(n is not None and n >= 0 for n in numbers):
+                odd = next(t for t, n in zip(texts, numbers, strict=True) if n is None)
+                raise FastpieError(
+                    f"Expected class indices or class names, but {source} mixes them (for example "
+                    f"{odd!r}); give the order of the classes by `class_names`."
+                )
             self.class_names = sorted({t for t in texts if t})
         index = {name: i for i, name in enumerate(self.class_names)}
         unknown = sorted({t for t in texts if t and t not in index})
@@ -162,13 +181,15 @@ def _folder_table(folder: Path) -> pa.Table:
 
 
 def _index(text: str) -> int | None:
-    """A class index in text ("3", "3.0"); -1 for an empty cell, None for a name."""
+    """A class index in text ("3", "3.0"); -1 for an empty cell or NaN, None for a name."""
     if not text:
         return -1
     try:
         value = float(text)
     except ValueError:
         return None
+    if math.isnan(value):
+        return -1
     return int(value) if value.is_integer() else None
 
 

@@ -111,7 +111,7 @@ class DualEngine:
             One row for each pass: layer, kernel chosen, seconds, and what it was chosen over.
         """
         self._run(self._dual, self._states, self._example)  # warm up
-        seconds = self._run(self._dual, self._states, self._example)[1]
+        seconds = self._run(self._dual, self._states, self._example, timed=True)[1]
         names = ["dense"] + [f"pruned at {s:g}" for s in self._dual.sparsities]
         return [
             {"layer": f"{name}: whole model", "kernel": "torch", "seconds": t, "over": []}
@@ -119,20 +119,29 @@ class DualEngine:
         ]
 
     def _run(
-        self, dual: DualModel, states: list[dict[str, Tensor]], args: tuple[Any, ...]
+        self,
+        dual: DualModel,
+        states: list[dict[str, Tensor]],
+        args: tuple[Any, ...],
+        *,
+        timed: bool = False,
     ) -> tuple[DualOutput, list[float]]:
-        """The outputs and the seconds of each pass (host time)."""
+        """The outputs, and with `timed` the seconds of each pass."""
         outputs: list[Any] = []
         seconds = []
         restore = random_state(args)
         with torch.no_grad(), self._autocast(args), dual._watch_features() as seen:
             for state in [None, *states]:
                 restore()
+                if timed:
+                    _wait_for_device(args)
                 start = time.perf_counter()
                 if state is None:
                     outputs.append(dual.model(*args))
                 else:
                     outputs.append(dual.run_pruned(state, args))
+                if timed:
+                    _wait_for_device(args)
                 seconds.append(time.perf_counter() - start)
         features = None if seen is None else Features(seen[0], dual._stack(seen[1:]))
         return DualOutput(outputs[0], dual._stack(outputs[1:]), features), seconds
@@ -145,7 +154,8 @@ class DualEngine:
     def _check(self, dual: DualModel, states: list[dict[str, Tensor]]) -> None:
         """Hold the engine to DualModel on the example."""
         restore = random_state(self._example)
-        with torch.no_grad():
+        device = next(t.device for t in pytree.tree_leaves(self._example) if isinstance(t, Tensor))
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
             expected = dual(*self._example)
         restore()
         got = self._run(dual, states, self._example)[0]
@@ -166,3 +176,9 @@ class DualEngine:
                     f"Expected the engine to match the model to {tolerance:g} on the example, but "
                     f"it differs by {error:.3g}."
                 )
+
+
+def _wait_for_device(args: tuple[Any, ...]) -> None:
+    for device in {t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor)}:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)

@@ -70,7 +70,9 @@ class DualModel(nn.Module):
         if not isinstance(masks, Masks):
             masks = Masks.from_tensors(masks, model)
         masks.check_model(model)
-        if features is not None and features not in dict(model.named_modules()):
+        if features is not None and features not in dict(
+            model.named_modules(remove_duplicate=False)
+        ):
             raise FastpieError(
                 f"Expected `features` to name a module of {type(model).__name__}, but it has no "
                 f"module {features!r}."

@@ -13,7 +13,7 @@ from torch.utils.data import Subset
 
 from fastpie.errors import FastpieError
 
-__all__ = ["Plan", "known_sample_ids", "text_id"]
+__all__ = ["Plan", "fingerprint_of", "known_sample_ids", "text_id"]
 
 
 @dataclass(frozen=True)
@@ -152,3 +152,12 @@ def known_sample_ids(dataset: Any) -> Sequence[Any] | None:
             f"names {len(ids)}."
         )
     return ids
+
+
+def fingerprint_of(dataset: Any) -> str | None:
+    """What a data set says of its labels and preprocessing by an attribute `fingerprint`, or None."""
+    if isinstance(dataset, Subset):
+        inner = fingerprint_of(dataset.dataset)
+        return None if inner is None else f"{inner} {list(dataset.indices)}"
+    fingerprint = getattr(dataset, "fingerprint", None)
+    return fingerprint if isinstance(fingerprint, str) else None

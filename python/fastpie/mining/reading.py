@@ -360,7 +360,10 @@ class _Collate:
     def _problem(self, position: int, item: Any) -> Problem | None:
         sample = parse_item(item)
         for array in _arrays(sample.image):
-            values = torch.as_tensor(array)
+            try:
+                values = torch.as_tensor(array)
+            except (TypeError, ValueError) as error:  # big-endian arrays, arrays of objects
+                return Problem(position, "image", _reason(error))
             if values.is_floating_point() and not values.isfinite().all():
                 count = int((~values.isfinite()).sum())
                 return Problem(

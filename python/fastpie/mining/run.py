@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -31,7 +32,7 @@ from fastpie.dual import DualEngine, DualModel
 from fastpie.dual.calibration import statistics_of
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
-from fastpie.mining.plan import Plan, known_sample_ids
+from fastpie.mining.plan import Plan, fingerprint_of, known_sample_ids
 from fastpie.mining.reading import Batch, Kind, Problem, Reader, Sample, path_of
 from fastpie.mining.result import MiningResult
 from fastpie.mining.run_folder import NO_ROWS, RunFolder, config_hash, explained
@@ -49,7 +50,10 @@ _NEEDED_TO_RESUME = {
 }  # fmt: skip
 _RECALIBRATION_SAMPLES = 2048
 _SAMPLES_LOOKED_AT = 8  # at the start: shape and labels of most of them are those of the run
-_SAMPLES_TRIED = 256  # at the start: if none of them can be scored, the format is wrong
+_SAMPLES_TRIED = (
+    256  # at the start: if none of so many readable ones can be scored, the format is wrong
+)
+_PART_BYTES = 2**28  # of kept logits and features, which wait in memory for the end of the part
 _PART_SECONDS = 10.0  # a part is cut to take about this long, well inside the 30 s that may be lost
 
 
@@ -86,7 +90,8 @@ def mine(
         data: a map-style data set of `(image[, label[, sample_id]])` or of dicts with `image`,
             `label`, `sample_id`; or a DataLoader, which lends its data set, batch size, workers and
             collate function (its order is not used). The data set must return the same sample for
-            the same index (no random augmentation).
+            the same index (no random augmentation). With a string attribute `fingerprint` (of its
+            labels and preprocessing) a run is refused when that has changed.
         out: the run folder, made if it is not there.
         task: "multiclass" (labels: class indices), "multilabel" (labels: [C] of 1, 0, NaN),
             "segmentation" or "embedding" (labels are not scored).
@@ -233,6 +238,7 @@ class _Run:
             "masks": digest_of(masks.levels),
             "statistics": digest_of(_statistics(self.source)),
             "data": f"{len(self.plan)} samples, {self.plan.fingerprint()}",
+            "samples": fingerprint_of(self.reader.dataset),
         }
         record = self.folder.record()
         if record is None:
@@ -254,8 +260,13 @@ class _Run:
             self.config["keep_features"],
         )
 
-    def _start(self, fingerprints: dict[str, str], note: dict[str, Any] | None) -> None:
+    def _start(self, fingerprints: dict[str, str | None], note: dict[str, Any] | None) -> None:
         """Try the first batches, cut the parts by the time that one takes, and write `run.json`."""
+        if self.folder.done_parts():
+            raise FastpieError(
+                f"Expected a new folder or a run in {self.folder.path}, but it holds scores without "
+                "a run.json. Choose another folder, or remove this one."
+            )
         kind = self._first_samples()
         record = {
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -265,19 +276,30 @@ class _Run:
             "fingerprints": fingerprints,
             "labelled": kind.label is not None,
             "label_kind": kind.label,
+            "masks_of_these_weights": self._masks_of_these_weights(),
             "image_shape": kind.image,
             "batches_per_part": 1,
             "note": note or {},
         }
         self._take_up(record)
-        seconds = self._try_batches()
+        seconds, size = self._try_batches()
         with explained(self.folder.path):
             self.source.masks.save(self.folder.path / "masks.safetensors")
         self._write_errors([], [])
         record["hardness"] = self.scorer.hardness
-        record["batches_per_part"] = max(1, int(_PART_SECONDS / max(seconds, 1e-3)))
+        record["batches_per_part"] = max(
+            1, min(int(_PART_SECONDS / max(seconds, 1e-3)), _PART_BYTES // max(size, 1))
+        )
         self.folder.write_record(record)
         self._take_up(record)
+
+    def _masks_of_these_weights(self) -> bool | None:
+        """Whether the masks were chosen from the weights in force; None where they do not say."""
+        masks = self.source.masks
+        parameters = dict(self.source.model.named_parameters(remove_duplicate=False))
+        made_from = masks.info.get("weights")
+        now = digest_of({name: parameters[name] for name in masks})
+        return None if made_from is None else bool(made_from == now)
 
     def _first_samples(self) -> Kind:
         """What the first readable samples in sample_id order are like, by majority."""
@@ -297,8 +319,8 @@ class _Run:
         labelled = scored and 2 * sum(s.label is not None for s in samples) >= len(samples)
         return Kind.of_most(samples, labelled=labelled, batch_size=self.plan.batch_size)
 
-    def _try_batches(self) -> float:
-        """Score batches until one sample has a score; the seconds that the last batch took."""
+    def _try_batches(self) -> tuple[float, int]:
+        """Score batches until one sample has a score; seconds of the last batch, bytes that it keeps."""
         problems: list[Problem] = []
         tried = 0
         start = time.perf_counter()
@@ -310,11 +332,12 @@ class _Run:
                 if self.engine is None:
                     self.engine = self._engine(args, fresh=True)
                 start = time.perf_counter()
-                _, _, unusable, _ = self.scorer.score(
+                _, _, unusable, kept = self.scorer.score(
                     self.engine(*args), batch.labels, batch.positions, batch.slots
                 )
                 if len(unusable) < len(batch.positions):
-                    return waited + time.perf_counter() - start
+                    size = sum(array.nbytes for pair in kept.values() for array in pair)
+                    return waited + time.perf_counter() - start, size
                 problems += unusable
             tried += self.plan.batch_size
             if tried >= _SAMPLES_TRIED and batch.images is not None:
@@ -331,7 +354,7 @@ class _Run:
             f"{self.folder.path / 'errors.parquet'})"
         )
 
-    def _check_same(self, record: dict[str, Any], fingerprints: dict[str, str]) -> None:
+    def _check_same(self, record: dict[str, Any], fingerprints: dict[str, str | None]) -> None:
         missing = _NEEDED_TO_RESUME - record.keys()
         if missing:
             raise FastpieError(
@@ -448,8 +471,9 @@ class _Run:
                 if fresh:
                     private.recalibrate(self._recalibration_batches())
                     self.folder.write_file(stored.name, save(_statistics(private)))
-                for name, value in load_file(stored).items():
-                    _statistics(private)[name].copy_(value)
+                own = _statistics(private)
+                for name, value in self._stored_statistics(stored).items():
+                    own[name].copy_(value)
             return private.compile(
                 args, precision=self.config["precision"], backend=self.config["backend"]
             )
@@ -460,6 +484,14 @@ class _Run:
             raise FastpieError(
                 f"Expected the model to take a batch of shape {shapes}, but it raised "
                 f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _stored_statistics(self, path: Path) -> dict[str, Tensor]:
+        try:
+            return dict(load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise FastpieError(
+                f"Expected the statistics of the run in {path}, but: {error}. Choose another folder."
             ) from error
 
     def _recalibration_batches(self) -> Iterator[tuple[Any, ...]]:
@@ -507,13 +539,13 @@ class _Run:
         scores = self.folder.read_part(part)
         ids = set(scores.column("sample_id").to_pylist())
 
+        def rows(table: pa.Table, scored: bool) -> pa.Table:
+            column = table.column("sample_id").to_pylist()
+            return table.filter(pa.array([(i in ids) == scored for i in column], pa.bool_()))
+
         def merged(old: pa.Table, new: list[pa.Table]) -> list[pa.Table]:
-            tables = [old] + [
-                table.filter(
-                    pa.array([i not in ids for i in table.column("sample_id").to_pylist()])
-                )
-                for table in new
-            ]
+            # Old extras can hold samples that a crash kept out of the scores.
+            tables = [rows(old, True), *(rows(table, False) for table in new)]
             return [pa.concat_tables(tables, promote_options="default").sort_by("sample_id")]
 
         for kind, tables in collected.extras.items():

@@ -1,7 +1,8 @@
 """The run folder: what a run has written, whole or not at all.
 
-Layout (docs of the design): `run.json`, `scores/part-<n>.parquet`, `errors.parquet`, and where asked
-for `logits/`, `features/`. A part is written in the order errors, logits and features, scores, and is
+Layout: `run.json`, `scores/part-<n>.parquet`, `errors.parquet`, `masks.safetensors`,
+`recalibration.safetensors` (networks with BatchNorm), `sample_ids.json` (data sets that tell ids only
+through their items), `report.html`, `.lock`, and where asked for `logits/`, `features/`. A part is written in the order errors, logits and features, scores, and is
 done when its scores are there and every sample of it is in the scores or in the errors. What a crash
 leaves behind can then be told from what holds: an error of a part that is not done, or of a sample
 that has a score, is dropped on the next start.
@@ -89,8 +90,10 @@ class RunFolder:
                 file = (self.path / ".lock").open("w")
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            taken = error.errno in (errno.EACCES, errno.EAGAIN)
             raise FastpieError(
-                f"Expected {self.path} for this run alone, but another run is writing to it."
+                f"Expected {self.path} for this run alone, but "
+                + ("another run is writing to it." if taken else f"it cannot be locked: {error}.")
             ) from error
         self._lock = file
         _held[key] = file

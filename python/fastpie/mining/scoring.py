@@ -18,7 +18,7 @@ from fastpie.mining.reading import Problem
 from fastpie.ops.disagreement import SCORES
 from fastpie.scores import disagreement
 
-__all__ = ["Scorer"]
+__all__ = ["Scorer", "level_column"]
 
 _OF_DENSE = ("margin_dense", "loss_dense")  # the same at every level
 _WITH_LABELS = ("loss_dense", "loss_pruned", "damage")
@@ -198,7 +198,7 @@ class Scorer:
         return columns
 
     def _names(self, score: str) -> list[str]:
-        return [f"{score}@{s:g}" for s in self.sparsities] if self.is_ladder else [score]
+        return [level_column(score, s) for s in self.sparsities] if self.is_ladder else [score]
 
     def _per_level(self, columns: dict[str, Any], name: str, score: np.ndarray) -> None:
         if self.is_ladder:
@@ -211,6 +211,11 @@ class Scorer:
             level = np.asarray(self.sparsities, dtype=np.float64)[flip.argmax(0)]
             columns["first_flip"] = pa.array(level, mask=~flip.any(0))
         columns.update(zip(self._names("flip"), flip, strict=True))
+
+
+def level_column(score: str, sparsity: float) -> str:
+    """Name of the column of one score at one level: "js@0.3"."""
+    return f"{score}@{sparsity:.12g}"  # levels differ by more than 1e-9
 
 
 def _mean(score: np.ndarray) -> np.ndarray:  # [L, n] -> [n]

@@ -1,7 +1,7 @@
 """A readable twin of every kernel: plain PyTorch, slow and obvious.
 
-The twins are the oracle of the tests and the implementation on devices that no kernel of ours
-serves. Nothing here is tuned.
+The twins are the oracle of the tests and the implementation for fp64 and on devices that no kernel of
+ours serves (and that have fp64: Apple's MPS does not). Nothing here is tuned.
 """
 
 from __future__ import annotations

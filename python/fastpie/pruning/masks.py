@@ -53,7 +53,7 @@ class Masks(Mapping[str, Tensor]):
         Args:
             levels: by parameter name, uint8 of the weight's shape: the index of the level that
                 removes the weight, or `len(sparsities)` where none does.
-            sparsities: the levels, strictly increasing, in [0, 1).
+            sparsities: the levels, strictly increasing, in [0, 1].
             is_ladder: whether outputs of the pruned model carry a level dimension.
             fingerprint: of the parameter names and shapes of the model (`Masks.fingerprint_of`).
             info: anything JSON can hold.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -60,8 +61,10 @@ def prune(
         raise FastpieError(f"Expected `method` to be one of {_METHODS}, but got {method!r}.")
     if scope not in _SCOPES:
         raise FastpieError(f"Expected `scope` to be one of {_SCOPES}, but got {scope!r}.")
-    if seed is not None and seed < 0:
-        raise FastpieError(f"Expected `seed` of at least 0, but got {seed}.")
+    if seed is not None:
+        seed = operator.index(seed)
+        if seed < 0:
+            raise FastpieError(f"Expected `seed` of at least 0, but got {seed}.")
     if not isinstance(model, nn.Module):
         raise FastpieError(f"Expected `model` to be an nn.Module, but got {type(model).__name__}.")
     is_ladder = np.ndim(sparsity) > 0

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from fastpie.mining.result import MiningResult
+from fastpie.mining.scoring import level_column
 
 __all__ = ["Columns"]
 
@@ -49,7 +50,7 @@ class Columns:
 
     def name_at(self, score: str, sparsity: float) -> str:
         """The column of a score of the pruned model at a level."""
-        return f"{score}@{sparsity:g}" if self.is_ladder else score
+        return level_column(score, sparsity) if self.is_ladder else score
 
     def at_levels(self, score: str) -> dict[float, np.ndarray]:  # sparsity: [N]
         """A score of the pruned model at every level that has it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +21,7 @@ _DEFINITIONS = ("spearman", "modal", "vote")
 
 
 def pie(
-    predictions: MiningResult | tuple[Any, Any],
+    predictions: MiningResult | str | os.PathLike[str] | tuple[Any, Any],
     definition: str = "spearman",
     fraction: float = 0.05,
     threshold: float = 0.5,
@@ -41,7 +43,7 @@ def pie(
 
     Args:
         predictions: `(dense, pruned)`, arrays or tensors of probabilities in [0, 1], each
-            [S, N, C] (models first) or [N, C]; or a run that kept its logits.
+            [S, N, C] (models first) or [N, C]; or a run that kept its logits, or its folder.
         definition: "spearman", "modal" or "vote".
         fraction: of the samples, in [0, 1], for "spearman".
         threshold: on the probabilities, for "vote".
@@ -68,6 +70,14 @@ def pie(
             for name, value in zip(("dense", "pruned"), predictions, strict=True)
         )
     else:
+        # Imported here: mining lies above scores.
+        run = importlib.import_module("fastpie.mining.result").MiningResult
+        if isinstance(predictions, str | os.PathLike):
+            predictions = run(predictions)
+        if not isinstance(predictions, run):
+            raise FastpieError(
+                f"Expected (dense, pruned) or a run, but got {type(predictions).__name__}."
+            )
         dense, pruned = _of_run(predictions, sparsity)
         ids = predictions.table.column("sample_id").to_pylist()
     if dense.shape[1:] != pruned.shape[1:]:
