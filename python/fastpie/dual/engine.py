@@ -130,7 +130,7 @@ class DualEngine:
         outputs: list[Any] = []
         seconds = []
         restore = random_state(args)
-        with torch.no_grad(), self._autocast(args), dual._watch_features() as seen:
+        with torch.no_grad(), self._autocast(args), dual.watch_features() as seen:
             for state in [None, *states]:
                 restore()
                 if timed:
@@ -143,8 +143,8 @@ class DualEngine:
                 if timed:
                     _wait_for_device(args)
                 seconds.append(time.perf_counter() - start)
-        features = None if seen is None else Features(seen[0], dual._stack(seen[1:]))
-        return DualOutput(outputs[0], dual._stack(outputs[1:]), features), seconds
+        features = None if seen is None else Features(seen[0], dual.stack_levels(seen[1:]))
+        return DualOutput(outputs[0], dual.stack_levels(outputs[1:]), features), seconds
 
     def _autocast(self, args: Any) -> AbstractContextManager[Any]:
         """bf16 where the engine is; fp32 also inside an autocast of the caller."""

@@ -157,7 +157,7 @@ class DualModel(nn.Module):
         of_pruned: tuple[tuple[Any, ...], dict[str, Any]],
     ) -> DualOutput:
         restore = random_state(of_dense)
-        with self._watch_features() as seen:
+        with self.watch_features() as seen:
             dense = self.model(*of_dense[0], **of_dense[1])
             pruned = []
             for level in range(len(self._sparsities)):
@@ -171,8 +171,8 @@ class DualModel(nn.Module):
                     f"both models together called it {len(seen)} times instead of "
                     f"{1 + len(pruned)}."
                 )
-            features = Features(seen[0], self._stack(seen[1:]))
-        return DualOutput(dense, self._stack(pruned), features)
+            features = Features(seen[0], self.stack_levels(seen[1:]))
+        return DualOutput(dense, self.stack_levels(pruned), features)
 
     def pruned_state(self, level: int) -> dict[str, Tensor]:
         """Masked weights and own statistics of the pruned model at one level, by name.
@@ -277,7 +277,8 @@ class DualModel(nn.Module):
             )
         self._sparsities = list(state["sparsities"])
 
-    def _stack(self, outputs: list[Any]) -> Any:
+    def stack_levels(self, outputs: list[Any]) -> Any:
+        """Outputs of the levels in one structure: stacked on a ladder, else the only one."""
         if not self._is_ladder:
             return outputs[0]
         return pytree.tree_map(
@@ -286,7 +287,7 @@ class DualModel(nn.Module):
         )
 
     @contextmanager
-    def _watch_features(self) -> Iterator[list[Any] | None]:
+    def watch_features(self) -> Iterator[list[Any] | None]:
         """Collect what the named module returns while the block runs."""
         if self.feature_module is None:
             yield None
