@@ -8,11 +8,11 @@ from fastpie import ops
 from fastpie.dual import DualEngine, DualModel, DualOutput
 from fastpie.errors import FastpieError
 from fastpie.pruning import Masks, prune
-from fastpie.scores import disagreement, pie
+from fastpie.scores import disagreement
 
 if TYPE_CHECKING:
     from fastpie import training
-    from fastpie.mining import MiningResult, mine
+    from fastpie.mining import MiningResult, mine, pie
 
 __all__ = [
     "DualEngine",
@@ -31,7 +31,7 @@ __all__ = [
 
 __version__ = metadata.version("fastpie")
 
-_LAZY = {"MiningResult": "fastpie.mining", "mine": "fastpie.mining"}
+_LAZY = {"MiningResult": "fastpie.mining", "mine": "fastpie.mining", "pie": "fastpie.mining"}
 _LAZY_MODULES = ("training",)
 
 

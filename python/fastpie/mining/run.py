@@ -43,7 +43,7 @@ from fastpie.scores.disagreement import TASKS
 __all__ = ["DEFAULT_LADDER", "mine"]
 
 DEFAULT_LADDER = (0.1, 0.3, 0.5, 0.7)
-"""Levels that a plain model is pruned at; a fixed .9 ranks wrong labels worse than chance."""
+"""Levels that a plain model is pruned at: moderate ones, at which it keeps its accuracy."""
 
 _NEEDED_TO_RESUME = {
     "versions", "config", "fingerprints", "labelled", "label_kind", "image_shape", "batches_per_part",
@@ -101,8 +101,7 @@ def mine(
             data set tells them by an attribute `sample_ids`, or through its items (then all are
             read once before the run starts). Without any, the index is the id.
         recalibrate: give the pruned model BatchNorm statistics from the 2,048 samples of lowest id
-            hash, on a private copy. Without, scores of networks with BatchNorm mislead above low
-            levels.
+            hash, on a private copy. The published protocol (PruneCXR) does not.
         keep_logits: write both models' outputs beside the scores (PIE and forgettability need them).
         keep_features: write both models' features; `dual` must name a feature module.
         output: key or index of the logits in a model that returns a dict or tuple.

@@ -1,6 +1,6 @@
 """How hard a sample is: disagreement measures and PIE definitions."""
 
 from fastpie.scores.disagreement import disagreement
-from fastpie.scores.pie import pie
+from fastpie.scores.pie import exemplars
 
-__all__ = ["disagreement", "pie"]
+__all__ = ["disagreement", "exemplars"]

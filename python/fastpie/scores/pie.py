@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,23 +10,19 @@ import torch
 from fastpie.errors import FastpieError
 from fastpie.ops import reference
 
-if TYPE_CHECKING:
-    from fastpie.mining.result import MiningResult
+__all__ = ["DEFINITIONS", "exemplars"]
 
-__all__ = ["pie"]
-
-_DEFINITIONS = ("spearman", "modal", "vote")
+DEFINITIONS = ("spearman", "modal", "vote")
 
 
-def pie(
-    predictions: MiningResult | str | os.PathLike[str] | tuple[Any, Any],
+def exemplars(
+    dense: Any,
+    pruned: Any,
     definition: str = "spearman",
     fraction: float = 0.05,
     threshold: float = 0.5,
-    *,
-    sparsity: float | None = None,
-) -> np.ndarray | list[str]:
-    """The pruning-identified exemplars (PIEs) of a data set, hardest first.
+) -> np.ndarray:
+    """Rows of the pruning-identified exemplars (PIEs), hardest first.
 
     - "spearman" (PruneCXR, arXiv 2308.09180): probabilities are averaged over the models; the
       `int(fraction * N)` samples whose rows of dense and pruned probabilities have the lowest rank
@@ -42,44 +36,25 @@ def pie(
     the last two order the PIEs, by the Jensen-Shannon divergence of the averaged probabilities.
 
     Args:
-        predictions: `(dense, pruned)`, arrays or tensors of probabilities in [0, 1], each
-            [S, N, C] (models first) or [N, C]; or a run that kept its logits, or its folder.
+        dense: probabilities in [0, 1] of the dense models, [S, N, C] (models first) or [N, C].
+        pruned: of the pruned models, likewise; their number may differ.
         definition: "spearman", "modal" or "vote".
         fraction: of the samples, in [0, 1], for "spearman".
         threshold: on the probabilities, for "vote".
-        sparsity: for a run with a ladder, the level to use; by default the highest.
 
     Returns:
-        Row indices (int64) for arrays, sample ids for a run.
+        int64 row indices.
 
     Raises:
-        FastpieError: for shapes that do not fit, values outside [0, 1], or a run without logits.
+        FastpieError: for shapes that do not fit, or values outside [0, 1].
     """
-    if definition not in _DEFINITIONS:
+    if definition not in DEFINITIONS:
         raise FastpieError(
-            f"Expected `definition` to be one of {_DEFINITIONS}, but got {definition!r}."
+            f"Expected `definition` to be one of {DEFINITIONS}, but got {definition!r}."
         )
     if not 0 <= fraction <= 1:
         raise FastpieError(f"Expected `fraction` in [0, 1], but got {fraction}.")
-    ids = None
-    if isinstance(predictions, tuple | list):
-        if len(predictions) != 2:
-            raise FastpieError(f"Expected (dense, pruned), but got {len(predictions)} arrays.")
-        dense, pruned = (
-            _probabilities(name, value)
-            for name, value in zip(("dense", "pruned"), predictions, strict=True)
-        )
-    else:
-        # Imported here: mining lies above scores.
-        run = importlib.import_module("fastpie.mining.result").MiningResult
-        if isinstance(predictions, str | os.PathLike):
-            predictions = run(predictions)
-        if not isinstance(predictions, run):
-            raise FastpieError(
-                f"Expected (dense, pruned) or a run, but got {type(predictions).__name__}."
-            )
-        dense, pruned = _of_run(predictions, sparsity)
-        ids = predictions.table.column("sample_id").to_pylist()
+    dense, pruned = _probabilities("dense", dense), _probabilities("pruned", pruned)
     if dense.shape[1:] != pruned.shape[1:]:
         raise FastpieError(
             f"Expected the same samples and classes in both, but got {list(dense.shape[1:])} and "
@@ -90,15 +65,14 @@ def pie(
     if definition == "spearman":
         rho = reference.spearman(torch.from_numpy(p), torch.from_numpy(q)).numpy()
         order = np.lexsort((-divergence, rho))  # NaN last
-        chosen = order[: int(fraction * len(order))]
+        return order[: int(fraction * len(order))].astype(np.int64)
+    if definition == "modal":
+        differs = _modal(dense) != _modal(pruned)
     else:
-        if definition == "modal":
-            differs = _modal(dense) != _modal(pruned)
-        else:
-            differs = (_majority(dense, threshold) != _majority(pruned, threshold)).any(1)
-        order = np.argsort(-divergence, kind="stable")
-        chosen = order[differs[order]]
-    return chosen.astype(np.int64) if ids is None else [ids[i] for i in chosen]
+        differs = (_majority(dense, threshold) != _majority(pruned, threshold)).any(1)
+    order = np.argsort(-divergence, kind="stable")
+    rows: np.ndarray = order[differs[order]].astype(np.int64)
+    return rows
 
 
 def _probabilities(name: str, value: Any) -> np.ndarray:  # -> [S, N, C] fp64
@@ -113,27 +87,6 @@ def _probabilities(name: str, value: Any) -> np.ndarray:  # -> [S, N, C] fp64
     if not ((array >= 0) & (array <= 1)).all():
         raise FastpieError(f"Expected `{name}` to hold probabilities in [0, 1], but it does not.")
     return array
-
-
-def _of_run(run: MiningResult, sparsity: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [1, N, C] of both models of a run."""
-    config = run.record["config"]
-    if config["task"] not in ("multiclass", "multilabel"):
-        raise FastpieError(f"Expected a run of a classifier, but its task is {config['task']!r}.")
-    levels = config["sparsities"]
-    level = len(levels) - 1
-    if sparsity is not None:
-        near = [i for i, s in enumerate(levels) if abs(s - sparsity) <= 1e-9]
-        if not near:
-            raise FastpieError(f"Expected `sparsity` to be one of {levels}, but got {sparsity}.")
-        level = near[0]
-    dense, pruned = (torch.from_numpy(x).double() for x in run.logits())
-    function = torch.sigmoid if config["task"] == "multilabel" else _softmax
-    return function(dense).numpy()[None], function(pruned[level]).numpy()[None]
-
-
-def _softmax(x: torch.Tensor) -> torch.Tensor:
-    return x.softmax(-1)
 
 
 def _js(p: np.ndarray, q: np.ndarray, *, multiclass: bool) -> np.ndarray:  # [N, C] -> [N]
