@@ -6,15 +6,21 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <map>
+#include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "fastpie/disagreement.h"
+#include "fastpie/masked_conv.h"
+#include "fastpie/max_pool.h"
 #include "fastpie/null.h"
+#include "fastpie/relayout.h"
 #ifdef FASTPIE_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -80,6 +86,162 @@ void disagreement_cpu(std::uintptr_t dense, std::uintptr_t pruned, std::uintptr_
   check(cpu::disagreement(args, threads));
 }
 
+DType dtype_of(int code) {
+  if (code < 0 || code > 2) throw std::invalid_argument("Expected dtype to be 0, 1 or 2");
+  return static_cast<DType>(code);
+}
+
+Activation activation_of(int kind, float slope) {
+  if (kind < 0 || kind >= Activation::kKinds) throw std::invalid_argument("Unknown activation");
+  return {static_cast<Activation::Kind>(kind), slope};
+}
+
+// (entries, rows, chunk_channels, chunks, blocks), as `pack_masked_conv` made them.
+using PackedWeights =
+    std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t, std::int64_t>;
+// (address, elements from group to group, elements from channel to channel).
+using Activations = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+// (tiles, tile_count, valid), see python/fastpie/ops/positions.py.
+using Tiles = std::tuple<std::uintptr_t, std::int64_t, std::uintptr_t>;
+
+MaskedConvArgs masked_conv_args(const PackedWeights& weights, const Activations& input,
+                                const Activations& output, const Tiles& tiles, int dtype,
+                                std::int64_t groups) {
+  MaskedConvArgs args{};
+  args.entries = pointer<const MaskedEntry>(std::get<0>(weights));
+  args.rows = pointer<const MaskedRow>(std::get<1>(weights));
+  args.chunk_channels = pointer<const std::int64_t>(std::get<2>(weights));
+  args.chunks = std::get<3>(weights);
+  args.blocks = std::get<4>(weights);
+  args.input = pointer<const void>(std::get<0>(input));
+  args.input_group = std::get<1>(input);
+  args.output = pointer<void>(std::get<0>(output));
+  args.output_group = std::get<1>(output);
+  args.output_channel = std::get<2>(output);
+  args.tiles = pointer<const MaskedTile>(std::get<0>(tiles));
+  args.tile_count = std::get<1>(tiles);
+  args.valid = pointer<const std::uint32_t>(std::get<2>(tiles));
+  args.dtype = dtype_of(dtype);
+  args.groups = groups;
+  return args;
+}
+
+void masked_conv_cpu(const PackedWeights& weights, std::uintptr_t bias, const Activations& input,
+                     const Activations& output, const Activations& residual, const Tiles& tiles,
+                     int dtype, std::int64_t groups, int activation, float slope, int threads) {
+  MaskedConvArgs args = masked_conv_args(weights, input, output, tiles, dtype, groups);
+  args.bias = pointer<const float>(bias);
+  args.residual = pointer<const void>(std::get<0>(residual));
+  args.residual_group = std::get<1>(residual);
+  args.residual_channel = std::get<2>(residual);
+  args.activation = activation_of(activation, slope);
+  py::gil_scoped_release release;
+  check(cpu::masked_conv(args, threads));
+}
+
+void masked_conv_weight_gradient_cpu(const PackedWeights& weights, const Activations& input,
+                                     const Activations& output_gradient, const Tiles& tiles,
+                                     std::int64_t groups, std::uintptr_t gradient, int threads) {
+  MaskedConvWeightGradientArgs args{};
+  args.forward = masked_conv_args(weights, input, output_gradient, tiles, 0, groups);
+  args.output_gradient = pointer<const float>(std::get<0>(output_gradient));
+  args.gradient = pointer<float>(gradient);
+  py::gil_scoped_release release;
+  check(cpu::masked_conv_weight_gradient(args, threads));
+}
+
+// sizes: (groups, rows, channels, taps); strides of the weight: (group, row, channel).
+PackMaskedConvArgs pack_args(
+    std::uintptr_t weight, std::uintptr_t keep, std::uintptr_t row_scale,
+    const std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>& sizes,
+    const std::tuple<std::int64_t, std::int64_t, std::int64_t>& strides, std::uintptr_t tap_index,
+    std::uintptr_t tap_offset, std::int64_t plane, std::int64_t block_channels,
+    std::uintptr_t chunk_channels, std::int64_t chunks, bool round_to_bf16) {
+  if (block_channels < 1) throw std::invalid_argument("Expected block_channels >= 1");
+  PackMaskedConvArgs args{};
+  args.weight = pointer<const float>(weight);
+  args.keep = pointer<const bool>(keep);
+  args.row_scale = pointer<const float>(row_scale);
+  std::tie(args.groups, args.rows, args.channels, args.taps) = sizes;
+  std::tie(args.group_stride, args.row_stride, args.channel_stride) = strides;
+  args.tap_index = pointer<const std::int64_t>(tap_index);
+  args.tap_offset = pointer<const std::int64_t>(tap_offset);
+  args.plane = plane;
+  args.block_channels = block_channels;
+  args.chunk_channels = pointer<const std::int64_t>(chunk_channels);
+  args.chunks = chunks;
+  args.round_to_bf16 = round_to_bf16;
+  return args;
+}
+
+template <typename... Args>
+std::pair<std::int64_t, std::int64_t> count_masked_conv_cpu(Args... values) {
+  const PackMaskedConvArgs args = pack_args(values...);
+  py::gil_scoped_release release;
+  return {count_masked_conv(args), masked_conv_blocks(args)};
+}
+
+template <typename... Args>
+void pack_masked_conv_cpu(std::uintptr_t entries, std::uintptr_t rows, std::uintptr_t order,
+                          Args... values) {
+  const PackMaskedConvArgs args = pack_args(values...);
+  py::gil_scoped_release release;
+  check(pack_masked_conv(args, pointer<MaskedEntry>(entries), pointer<MaskedRow>(rows),
+                         pointer<std::int64_t>(order)));
+}
+
+template <typename... Args>
+void define_packing(py::module_& m, PackMaskedConvArgs (*)(Args...)) {
+  m.def("count_masked_conv", &count_masked_conv_cpu<std::decay_t<Args>...>);
+  m.def("pack_masked_conv", &pack_masked_conv_cpu<std::decay_t<Args>...>);
+}
+
+void max_pool_cpu(const Activations& input, const Activations& output, std::int64_t channels,
+                  std::uintptr_t taps, std::int64_t tap_count, const Tiles& tiles, int dtype,
+                  std::int64_t groups, int threads) {
+  MaxPoolArgs args{};
+  args.input = pointer<const void>(std::get<0>(input));
+  args.input_group = std::get<1>(input);
+  args.input_channel = std::get<2>(input);
+  args.output = pointer<void>(std::get<0>(output));
+  args.output_group = std::get<1>(output);
+  args.output_channel = std::get<2>(output);
+  args.channels = channels;
+  args.taps = pointer<const std::int32_t>(taps);
+  args.tap_count = tap_count;
+  if (tap_count < 1) throw std::invalid_argument("Expected at least one tap");
+  args.tiles = pointer<const MaskedTile>(std::get<0>(tiles));
+  args.tile_count = std::get<1>(tiles);
+  args.valid = pointer<const std::uint32_t>(std::get<2>(tiles));
+  args.dtype = dtype_of(dtype);
+  args.groups = groups;
+  py::gil_scoped_release release;
+  check(cpu::max_pool(args, threads));
+}
+
+using Six = std::array<std::int64_t, kRelayoutDims>;
+
+void relayout_cpu(std::uintptr_t input, int input_dtype, const Six& input_strides,
+                  std::uintptr_t output, int output_dtype, const Six& output_strides,
+                  const Six& sizes, std::uintptr_t scale, std::uintptr_t shift, int activation,
+                  float slope, int threads) {
+  RelayoutArgs args{};
+  args.input = pointer<const void>(input);
+  args.output = pointer<void>(output);
+  args.input_dtype = dtype_of(input_dtype);
+  args.output_dtype = dtype_of(output_dtype);
+  for (int d = 0; d < kRelayoutDims; ++d) {
+    args.sizes[d] = sizes[d];
+    args.input_strides[d] = input_strides[d];
+    args.output_strides[d] = output_strides[d];
+  }
+  args.scale = pointer<const float>(scale);
+  args.shift = pointer<const float>(shift);
+  args.activation = activation_of(activation, slope);
+  py::gil_scoped_release release;
+  check(cpu::relayout(args, threads));
+}
+
 std::string cpu_capability() {
   cpu::Isa isa;
   check(cpu::active_isa(&isa));
@@ -88,7 +250,8 @@ std::string cpu_capability() {
 
 std::vector<std::string> cpu_capabilities() {
   std::vector<std::string> names;
-  for (const cpu::Isa isa : {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512}) {
+  for (const cpu::Isa isa :
+       {cpu::Isa::kBaseline, cpu::Isa::kAvx2, cpu::Isa::kAvx512, cpu::Isa::kAvx512Bf16}) {
     if (cpu::isa_compiled(isa) && cpu::isa_supported(isa)) names.emplace_back(cpu::isa_name(isa));
   }
   return names;
@@ -124,6 +287,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("has_openmp_runtime", &cpu::has_openmp_runtime);
   m.def("null_cpu", &null_cpu);
   m.def("disagreement_cpu", &disagreement_cpu);
+  m.def("masked_conv_cpu", &masked_conv_cpu);
+  m.def("masked_conv_weight_gradient_cpu", &masked_conv_weight_gradient_cpu);
+  define_packing(m, &pack_args);
+  m.def("max_pool_cpu", &max_pool_cpu);
+  m.def("relayout_cpu", &relayout_cpu);
 #ifdef FASTPIE_WITH_CUDA
   m.attr("cuda_architectures") = FASTPIE_CUDA_ARCHITECTURES;
   m.attr("cuda_version") = cuda::toolkit_version();

@@ -1,18 +1,24 @@
 // Chooses the instruction set at run time and forwards each operation to its kernel.
 #include <cstdlib>
 #include <cstring>
-#include <initializer_list>
 
 #include "fastpie/disagreement.h"
+#include "fastpie/masked_conv.h"
+#include "fastpie/max_pool.h"
 #include "fastpie/null.h"
+#include "fastpie/relayout.h"
 #include "isa.h"
 
 namespace fastpie::cpu {
 
 // Every operation: a new one is a line here.
-#define FASTPIE_FOR_EACH_KERNEL(X) \
-  X(null, NullArgs)                \
-  X(disagreement, DisagreementArgs)
+#define FASTPIE_FOR_EACH_KERNEL(X)                             \
+  X(null, NullArgs)                                            \
+  X(disagreement, DisagreementArgs)                            \
+  X(masked_conv, MaskedConvArgs)                               \
+  X(masked_conv_weight_gradient, MaskedConvWeightGradientArgs) \
+  X(max_pool, MaxPoolArgs)                                     \
+  X(relayout, RelayoutArgs)
 
 #define FASTPIE_DECLARE_KERNEL(name, Args) Status name(const Args& args, int threads);
 #define FASTPIE_DECLARE_KERNELS(isa)              \
@@ -23,12 +29,15 @@ FASTPIE_DECLARE_KERNELS(baseline)
 #ifdef FASTPIE_X86_KERNELS
 FASTPIE_DECLARE_KERNELS(avx2)
 FASTPIE_DECLARE_KERNELS(avx512)
-#define FASTPIE_KERNEL_TABLE(name) {&baseline::name, &avx2::name, &avx512::name}
+FASTPIE_DECLARE_KERNELS(avx512_bf16)
+#define FASTPIE_KERNEL_TABLE(name) {&baseline::name, &avx2::name, &avx512::name, &avx512_bf16::name}
 #else
-#define FASTPIE_KERNEL_TABLE(name) {&baseline::name, nullptr, nullptr}
+#define FASTPIE_KERNEL_TABLE(name) {&baseline::name, nullptr, nullptr, nullptr}
 #endif
 
 namespace {
+
+constexpr Isa kBestFirst[kIsaCount] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kBaseline};
 
 template <typename Args>
 Status run(Status (*const (&table)[kIsaCount])(const Args&, int), const Args& args, int threads) {
@@ -40,7 +49,7 @@ Status run(Status (*const (&table)[kIsaCount])(const Args&, int), const Args& ar
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  static const char* const names[kIsaCount] = {"baseline", "avx2", "avx512"};
+  static const char* const names[kIsaCount] = {"baseline", "avx2", "avx512", "avx512_bf16"};
   return names[static_cast<int>(isa)];
 }
 
@@ -58,8 +67,10 @@ bool isa_supported(Isa isa) {
 #ifdef FASTPIE_X86_KERNELS
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == Isa::kAvx2) return avx2;
-  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  return isa == Isa::kAvx512 ? avx512 : avx512 && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -68,14 +79,14 @@ bool isa_supported(Isa isa) {
 Status active_isa(Isa* isa) {
   const char* wanted = std::getenv("FASTPIE_CPU_CAPABILITY");
   if (wanted == nullptr || *wanted == '\0') {
-    for (const Isa candidate : {Isa::kAvx512, Isa::kAvx2, Isa::kBaseline}) {
+    for (const Isa candidate : kBestFirst) {
       if (!isa_compiled(candidate) || !isa_supported(candidate)) continue;
       *isa = candidate;
       return {};
     }
   }
   if (std::strcmp(wanted, "default") == 0) wanted = "baseline";
-  for (const Isa candidate : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa candidate : kBestFirst) {
     if (std::strcmp(wanted, isa_name(candidate)) != 0) continue;
     if (!isa_compiled(candidate) || !isa_supported(candidate)) {
       return {
@@ -85,7 +96,8 @@ Status active_isa(Isa* isa) {
     *isa = candidate;
     return {};
   }
-  return {"Expected FASTPIE_CPU_CAPABILITY to be one of baseline, default, avx2, avx512"};
+  return {
+      "Expected FASTPIE_CPU_CAPABILITY to be one of baseline, default, avx2, avx512, avx512_bf16"};
 }
 
 #define FASTPIE_FORWARD(name, Args)                                                           \
