@@ -1,5 +1,7 @@
 """Types of the native module; see csrc/bindings.cpp."""
 
+from typing import Any
+
 cuda_architectures: str | None
 cuda_version: str
 cuda_max_classes: int
@@ -39,4 +41,62 @@ def disagreement_cuda(
     pruned_level_stride: int,
     pruned_row_stride: int,
     stream: int,
+) -> None: ...
+
+_PackedWeights = tuple[int, int, int, int, int]
+_Activations = tuple[int, int, int]
+_Tiles = tuple[int, int, int]
+
+def masked_conv_cpu(
+    weights: _PackedWeights,
+    bias: int,
+    input: _Activations,
+    output: _Activations,
+    residual: _Activations,
+    tiles: _Tiles,
+    dtype: int,
+    groups: int,
+    activation: int,
+    slope: float,
+    threads: int,
+    /,
+) -> None: ...
+def masked_conv_weight_gradient_cpu(
+    weights: _PackedWeights,
+    input: _Activations,
+    output_gradient: _Activations,
+    tiles: _Tiles,
+    groups: int,
+    gradient: int,
+    threads: int,
+    /,
+) -> None: ...
+def count_masked_conv(*args: Any) -> tuple[int, int]: ...
+def pack_masked_conv(entries: int, rows: int, order: int, /, *args: Any) -> None: ...
+def max_pool_cpu(
+    input: _Activations,
+    output: _Activations,
+    channels: int,
+    taps: int,
+    tap_count: int,
+    tiles: _Tiles,
+    dtype: int,
+    groups: int,
+    threads: int,
+    /,
+) -> None: ...
+def relayout_cpu(
+    input: int,
+    input_dtype: int,
+    input_strides: tuple[int, ...],
+    output: int,
+    output_dtype: int,
+    output_strides: tuple[int, ...],
+    sizes: tuple[int, ...],
+    scale: int,
+    shift: int,
+    activation: int,
+    slope: float,
+    threads: int,
+    /,
 ) -> None: ...

@@ -253,6 +253,13 @@ class DualModel(nn.Module):
         """
         return DualEngine(self, x, precision=precision, backend=backend)
 
+    def levels(self) -> Iterator[tuple[str, Tensor]]:
+        """Each masked parameter's name and, for each weight, the first level that keeps it not.
+
+        uint8 or wider; a weight is kept at level l (from 0) where its code is above l.
+        """
+        return self._levels.items()
+
     def statistics(self, level: int) -> dict[str, Tensor]:
         """The pruned model's normalisation buffers at one level, by name in `model`."""
         return dict(self._statistics[level].items())  # type: ignore[operator]

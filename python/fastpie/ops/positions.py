@@ -17,12 +17,13 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Buffer", "Positions", "Tiles", "Views", "views_of"]
+__all__ = ["Buffer", "Positions", "Tiles", "Views", "dtype_code", "tiles_of", "views_of"]
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LINE_BYTES = 64
@@ -65,8 +66,9 @@ class Positions:
 
     @functools.cached_property
     def plane(self) -> int:
-        """Elements from one channel to the next: an odd number of lines, which spreads the
-        channels over all sets of a cache.
+        """Elements from one channel to the next.
+
+        An odd number of lines, which spreads the channels over all sets of a cache.
         """
         lines = -(-(self.size[0] + self.halo[0]) * self.pitches[0] // self.line)
         return (lines | 1) * self.line
@@ -82,7 +84,7 @@ class Positions:
         return z * self.pitches[0] + y * self.pitches[1] + x * self.pitches[2]
 
     @functools.cached_property
-    def valid(self) -> np.ndarray:  # type: ignore[type-arg]  # [lines] uint32
+    def valid(self) -> np.ndarray[Any, Any]:  # [lines] uint32
         """One bit for each position of each line: whether it is a pixel."""
         bits = np.zeros(self.plane, dtype=bool)
         grid = [np.arange(n) * p for n, p in zip(self.size, self.pitches, strict=True)]
@@ -90,7 +92,7 @@ class Positions:
         bits[(pixels + np.arange(self.images)).reshape(-1)] = True
         weights = np.left_shift(np.uint64(1), np.arange(self.line, dtype=np.uint64))
         words = (bits.reshape(-1, self.line) * weights).sum(1)
-        return words.astype(np.uint32)
+        return np.asarray(words, dtype=np.uint32)
 
     def groups(self, images: int) -> int:
         """Groups that hold this many images."""
@@ -146,31 +148,56 @@ class Buffer:
     Attributes:
         positions: the geometry.
         channels: how many each image has.
-        storage: 1-D tensor.
+        handle: (address of the first channel, elements from group to group, from channel to
+            channel) for `_C`.
     """
 
-    def __init__(self, positions: Positions, channels: int, images: int, fill: float = 0.0) -> None:
-        """Allocate for `images` images; every element is `fill`."""
+    def __init__(
+        self,
+        positions: Positions,
+        channels: int,
+        images: int,
+        *,
+        fill: float = 0.0,
+        within: Buffer | None = None,
+        first: int = 0,
+        of: int | None = None,
+    ) -> None:
+        """Allocate for `images` images, or look into memory that there is.
+
+        Args:
+            positions: the geometry.
+            channels: of each image.
+            images: how many images.
+            fill: value of every element.
+            within: a buffer of the same geometry and at least as many planes, to share.
+            first: the first channel seen, where `channels` are some of `of` channels.
+            of: all channels of an image in memory; `channels` by default.
+        """
         self.positions = positions
         self.channels = channels
-        groups = positions.groups(images)
-        count = 2 * positions.guard + groups * channels * positions.plane
-        slack = positions.line  # to begin at a line
-        self.storage = torch.full((count + slack,), fill, dtype=positions.dtype)
+        self._of = channels if of is None else of
         itemsize = positions.dtype.itemsize
-        skip = -(self.storage.data_ptr() // itemsize) % slack
-        self.begin = skip + positions.guard
+        if within is None:
+            count = 2 * positions.guard + positions.groups(images) * self._of * positions.plane
+            slack = positions.line  # to begin at a line
+            self._storage = torch.full((count + slack,), fill, dtype=positions.dtype)
+            skip = -(self._storage.data_ptr() // itemsize) % slack
+            self._base = skip + positions.guard
+        else:
+            self._storage, self._base = within._storage, within._base
+        self._begin = self._base + first * positions.plane
         self.handle = (
-            self.storage.data_ptr() + self.begin * itemsize,
-            channels * positions.plane,
+            self._storage.data_ptr() + self._begin * itemsize,
+            self._of * positions.plane,
             positions.plane,
         )
 
-    def view(self, images: int, phases: int = 1) -> Tensor:  # [G, C, D, H, W, images]
-        """The pixels as a strided tensor; `phases` planes of each channel are seen as channels."""
+    def pixels(self, images: int) -> Tensor:  # [groups, C, D, H, W, images of a group]
+        """The pixels of the first groups that hold `images` images, as a strided view."""
         p = self.positions
         shape = (p.groups(images), self.channels, *p.size, p.images)
-        return self.storage.as_strided(shape, p.strides(self.channels), self.begin)
+        return self._storage.as_strided(shape, p.strides(self._of), self._begin)
 
 
 @dataclass(frozen=True)

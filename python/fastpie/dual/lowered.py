@@ -1,0 +1,243 @@
+"""The lowered dual forward: a captured program, one plan for each model, one pass over the input."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fastpie.dual.plan import Choice, Geometries, PassPlan, layers_of, plan_pass
+from fastpie.dual.program import Program, Value
+from fastpie.dual.segment import Code, Workspace, compile_segment
+from fastpie.dual.states import ModelState, owners, states_of
+from fastpie.dual.tuning import Tuner
+
+if TYPE_CHECKING:
+    from fastpie.dual.model import DualModel
+
+__all__ = ["Lowered"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class _Pass:
+    """One model's own steps, and the first owner of each value that it reads."""
+
+    model: int
+    plan: PassPlan
+    codes: list[Code]
+
+
+class Lowered:
+    """Both models (or all levels) as instructions, from a snapshot of the weights.
+
+    Safe to run in several threads at once: each call takes a set of buffers of its own.
+
+    Attributes:
+        program: the captured model.
+        passes: one for each model that differs from those before it.
+    """
+
+    def __init__(self, dual: DualModel, program: Program, batch: int, precision: str) -> None:
+        """Plan and compile; times come from the tuner's cache or are taken now."""
+        self.program = program
+        self._batch = batch
+        self._dtype = _DTYPES[precision]
+        self._lock = threading.Lock()
+        self._tuner = Tuner()
+        self._prepare(states_of(dual, program))
+        self._tuner.save()
+
+    def refreshed(self, dual: DualModel) -> Lowered:
+        """The same with the present weights and masks of `dual`; kernels are not chosen again.
+
+        A layer that was not planned before (another prefix is pruned now) is timed.
+        """
+        fresh = object.__new__(Lowered)
+        fresh.program, fresh._batch, fresh._dtype = self.program, self._batch, self._dtype
+        fresh._lock = threading.Lock()
+        fresh._tuner = self._tuner
+        fresh._prepare(states_of(dual, self.program), self.passes)
+        return fresh
+
+    def _prepare(self, states: list[ModelState], known: Sequence[_Pass] = ()) -> None:
+        program = self.program
+        self._owners = owners(program, states)
+        self._constants = {
+            name: states[0].tensors[name].clone()
+            for structure in (program.output, program.feature)
+            if structure is not None
+            for name in structure.tensors()
+        }
+        own = [
+            [i for i, step in enumerate(program.steps) if self._owners[step.result][m] == m]
+            for m in range(len(states))
+        ]
+        layers = [
+            {} if m == 0 else layers_of(program, states[m], own[m]) for m in range(len(states))
+        ]
+        geometries = Geometries(
+            [layer for found in layers for layer in found.values()],
+            self._batch,
+            torch.get_num_threads(),
+            self._dtype,
+        )
+        plans = {p.model: p.plan for p in known}
+        self.passes: list[_Pass] = []
+        for m, state in enumerate(states):
+            if not own[m]:
+                continue
+            plan = plans.get(m)
+            if (
+                plan is None
+                or set(plan.choices) != set(own[m])
+                or not set(plan.layers) <= set(layers[m])
+            ):
+                plan = plan_pass(
+                    program,
+                    state,
+                    own[m],
+                    batch=self._batch,
+                    dtype=self._dtype,
+                    tuner=self._tuner,
+                    geometries=geometries,
+                    layers=layers[m],
+                )
+            else:
+                plan = PassPlan(plan.choices, {i: layers[m][i] for i in plan.layers}, plan.segments)
+            self.passes.append(_Pass(m, plan, self._compile(m, plan, state, geometries)))
+        self._workspaces: list[list[Workspace]] = []
+
+    def _compile(
+        self, model: int, plan: PassPlan, state: ModelState, geometries: Geometries
+    ) -> list[Code]:
+        program = self.program
+        outside = set(program.outputs())
+        for i, step in enumerate(program.steps):
+            # Read by another model, or by another segment of this one.
+            if i not in plan.choices:
+                outside.update(v for v in step.values() if self._owners[v][model] == model)
+        codes = []
+        for index, segment in enumerate(plan.segments):
+            later = {
+                v
+                for other in plan.segments[index + 1 :]
+                for i in other.steps
+                for v in program.steps[i].values()
+            }
+            codes.append(
+                compile_segment(
+                    program,
+                    state,
+                    segment,
+                    plan.choices,
+                    plan.layers,
+                    geometries,
+                    batch=self._batch,
+                    dtype=self._dtype,
+                    wanted=outside | later,
+                )
+            )
+        return codes
+
+    def run(
+        self, inputs: Sequence[Tensor], seconds: dict[tuple[int, int], list[float]] | None = None
+    ) -> list[tuple[Any, Any]]:
+        """Output and feature of each model.
+
+        Args:
+            inputs: as `Program.flatten` gives them.
+            seconds: gains the times of the instructions of each (model, segment).
+
+        Returns:
+            (output, feature) of the dense model and of each level. Tensors are fresh, and fp32
+            where the model's are.
+        """
+        batch = inputs[0].shape[0]
+        with self._lock:
+            workspaces = self._workspaces.pop() if self._workspaces else self._allocate()
+        try:
+            values: dict[tuple[Value, int], Any] = {
+                (name, 0): x.detach().to(self._dtype) if x.dtype == torch.float32 else x.detach()
+                for name, x in zip(self.program.inputs, inputs, strict=True)
+            }
+            spaces = iter(workspaces)
+            for one in self.passes:
+                for index, code in enumerate(one.codes):
+                    taken = {v: values[v, self._owners[v][one.model]] for v in code.inputs}
+                    timed = None
+                    if seconds is not None:
+                        timed = seconds.setdefault(
+                            (one.model, index), [0.0] * len(code.instructions)
+                        )
+                    results = code.run(taken, batch, next(spaces), timed)
+                    values.update({(v, one.model): x for v, x in results.items()})
+        finally:
+            with self._lock:
+                self._workspaces.append(workspaces)
+        return [self._outputs(values, m) for m in range(self._models())]
+
+    def _models(self) -> int:
+        return len(next(iter(self._owners.values())))
+
+    def _allocate(self) -> list[Workspace]:
+        return [
+            Workspace(code.storages, code.places, code.images or self._batch)
+            for one in self.passes
+            for code in one.codes
+        ]
+
+    def _outputs(self, values: dict[tuple[Value, int], Any], model: int) -> tuple[Any, Any]:
+        """Fresh tensors in the model's own dtype."""
+
+        def fresh(value: Value) -> Any:
+            x = values[value, self._owners[value][model]]
+            if not isinstance(x, Tensor):
+                return x
+            meta = self.program.meta.get(value)
+            return x.clone() if meta is None else x.to(meta.dtype, copy=True)
+
+        found = {value: fresh(value) for value in self.program.outputs()}
+
+        def lookup(name: str) -> Tensor:
+            return self._constants[name].clone()
+
+        output = self.program.output.build(found, lookup)
+        feature = self.program.feature
+        # What the feature shares with the output must not share memory.
+        again = {value: fresh(value) for value in feature.values()} if feature else {}
+        return output, feature.build(again, lookup) if feature else None
+
+    def report(self, inputs: Sequence[Tensor], names: Sequence[str]) -> list[dict[str, Any]]:
+        """Time every instruction on these inputs; see DualEngine.report."""
+        self.run(inputs)
+        seconds: dict[tuple[int, int], list[float]] = {}
+        self.run(inputs, seconds)
+        rows = []
+        for one in self.passes:
+            for index, code in enumerate(one.codes):
+                for instruction, spent in zip(
+                    code.instructions, seconds[one.model, index], strict=True
+                ):
+                    choice = Choice(False, "")
+                    if instruction.step is not None:
+                        choice = one.plan.choices[instruction.step]
+                    rows.append(
+                        {
+                            "model": names[one.model],
+                            "layer": instruction.name,
+                            "kernel": instruction.kernel,
+                            "seconds": spent,
+                            "images": code.images or inputs[0].shape[0],
+                            "over": [
+                                {"kernel": kernel, "seconds": each * inputs[0].shape[0]}
+                                for kernel, each in choice.over
+                            ],
+                        }
+                    )
+        return rows

@@ -1,0 +1,479 @@
+"""The plan of one model's pass: for each step the form it runs in, and in how many images at once.
+
+A step runs on tensors (oneDNN or torch) or on positions (the sparse kernels). Every choice is by
+timing, conversions between the forms included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastpie.dual.position_steps import Layer, Size, layer_of, pack, position_step, unpack
+from fastpie.dual.program import Affine, Call, Convolution, Linear, Program, Step, Value
+from fastpie.dual.states import ModelState
+from fastpie.dual.tensor_steps import channels_last, tensor_step
+from fastpie.dual.tuning import Tuner
+from fastpie.ops.positions import Buffer, Positions
+
+__all__ = ["Choice", "Geometries", "PassPlan", "Segment", "plan_pass"]
+
+_LINES = (8, 14)
+"""Tiles tried, in cache lines; see csrc/cpu/masked_conv.cpp for what binds."""
+
+_WORKING_SET = 2 << 20
+"""Bytes of one layer's activations for each thread: about what the L2 and its share of the L3
+cache hold."""
+
+_WASTE = 1.2
+"""Positions computed for each pixel that a geometry may cost before images are interleaved."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a step runs.
+
+    Attributes:
+        positions: on positions, else on tensors.
+        kernel: name for the report.
+        seconds: measured, for each image; 0 where there was no choice.
+        over: the other kernels and their seconds.
+        lines: cache lines of a tile.
+        blocked: whether input channels are cut into blocks.
+    """
+
+    positions: bool
+    kernel: str
+    seconds: float = 0.0
+    over: tuple[tuple[str, float], ...] = ()
+    lines: int = 8
+    blocked: bool = True
+
+
+class Geometries:
+    """One geometry for each spatial size, so that layers of a stage read each other's results."""
+
+    def __init__(
+        self, layers: Sequence[Layer], batch: int, threads: int, dtype: torch.dtype
+    ) -> None:
+        """See the class."""
+        self._dtype = dtype
+        self._halo: dict[Size, Size] = {}
+        self._channels: dict[Size, int] = {}
+        for layer in layers:
+            for size, channels in ((layer.size, layer.channels), (layer.input_size, 1)):
+                known = self._halo.get(size, (0, 0, 0))
+                halo = layer.views.halo if size == layer.size else (0, 0, 0)
+                self._halo[size] = tuple(  # type: ignore[assignment]
+                    max(a, b) for a, b in zip(known, halo, strict=True)
+                )
+                self._channels[size] = max(self._channels.get(size, 1), channels)
+        self._images = {size: self._interleaved(size, batch, threads) for size in self._halo}
+        self._batch = batch
+        self._threads = threads
+
+    def of(self, size: Size) -> Positions:
+        """The geometry of a size."""
+        return Positions(size, self._halo[size], self._images[size], self._dtype)
+
+    def knows(self, size: Size) -> bool:
+        """Whether some layer has this size."""
+        return size in self._halo
+
+    def images_at_once(self, size: Size) -> int:
+        """Images of a micro-batch: enough for the threads, few enough for their caches."""
+        p = self.of(size)
+        each = p.plane * self._channels[size] * p.dtype.itemsize / p.images
+        fit = max(1, int(_WORKING_SET / each))
+        wanted = max(p.images, fit) * self._threads
+        return min(self._batch, -(-wanted // p.images) * p.images)
+
+    def _interleaved(self, size: Size, batch: int, threads: int) -> int:
+        """Fewest images in the lanes that leave few of them to the halo and to the last line."""
+        images = 1
+        while images < 16:
+            p = Positions(size, self._halo[size], images, self._dtype)
+            pixels = size[0] * size[1] * size[2] * images
+            if (p.valid != 0).sum() * p.line <= _WASTE * pixels or 2 * images * threads > batch:
+                break
+            images *= 2
+        return images
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps of one pass that run one after another on some images at a time.
+
+    Attributes:
+        steps: positions in the program.
+        images: of a micro-batch; 0: all.
+    """
+
+    steps: tuple[int, ...]
+    images: int
+
+
+@dataclass(frozen=True)
+class PassPlan:
+    """Plan of one model: its choices by step, and its segments in order."""
+
+    choices: dict[int, Choice]
+    layers: dict[int, Layer]
+    segments: tuple[Segment, ...]
+
+
+def plan_pass(
+    program: Program,
+    state: ModelState,
+    steps: Sequence[int],
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    tuner: Tuner,
+    geometries: Geometries,
+    layers: dict[int, Layer],
+) -> PassPlan:
+    """Choose form and kernel of each step of one model.
+
+    Args:
+        program: the captured model.
+        state: the model's tensors.
+        steps: positions of the steps that this model runs itself.
+        batch: the largest batch.
+        dtype: to compute in.
+        tuner: gives times.
+        geometries: of all layers.
+        layers: the steps that can run on positions.
+    """
+    costs = _Costs(program, state, steps, batch, dtype, tuner, geometries, layers)
+    on_positions = costs.choose()
+    choices = {i: costs.choice(i, i in on_positions) for i in steps}
+    segments = _segments(program, steps, choices, layers, geometries, batch)
+    return PassPlan(choices, {i: layers[i] for i in on_positions}, segments)
+
+
+class _Costs:
+    """Seconds per image of each step in each form, and of the conversions between them."""
+
+    def __init__(
+        self,
+        program: Program,
+        state: ModelState,
+        steps: Sequence[int],
+        batch: int,
+        dtype: torch.dtype,
+        tuner: Tuner,
+        geometries: Geometries,
+        layers: dict[int, Layer],
+    ) -> None:
+        self._program, self._state, self._steps = program, state, steps
+        self._batch, self._dtype, self._tuner = batch, dtype, tuner
+        self._geometries, self._layers = geometries, layers
+        self._tensor: dict[int, float] = {}
+        self._position: dict[int, Choice] = {}
+        for i in steps:
+            if i in layers:
+                self._tensor[i] = self._time_tensor(i)
+                self._position[i] = self._best_on_positions(i)
+
+    def choice(self, i: int, positions: bool) -> Choice:
+        """The step's kernel in a form, with what it was chosen over."""
+        if i not in self._layers:
+            return Choice(False, "")
+        mine, other = self._position[i], (("onednn", self._tensor[i]),)
+        if positions:
+            return dataclasses.replace(mine, over=(*other, *mine.over))
+        name = "onednn" if isinstance(self._program.steps[i], Convolution) else "torch"
+        return Choice(False, name, self._tensor[i], ((mine.kernel, mine.seconds), *mine.over))
+
+    def choose(self) -> set[int]:
+        """The layers to run on positions: from each of three beginnings, change what pays."""
+        if not self._position:
+            return set()
+        every = set(self._position)
+        starts = [
+            set(),
+            every,
+            {i for i in every if self._position[i].seconds < self._tensor[i]},
+        ]
+        return min((self._improve(start) for start in starts), key=self._total)
+
+    def _improve(self, chosen: set[int]) -> set[int]:
+        best = self._total(chosen)
+        changed = True
+        while changed:
+            changed = False
+            for i in self._position:
+                trial = chosen ^ {i}
+                total = self._total(trial)
+                if total < best:
+                    chosen, best, changed = trial, total, True
+        return chosen
+
+    def _total(self, chosen: set[int]) -> float:
+        total = 0.0
+        made: dict[Value, bool] = {}  # whether each value lies on positions
+        converted: set[tuple[Value, bool]] = set()
+        for i in self._steps:
+            step = self._program.steps[i]
+            here = i in chosen
+            total += self._position[i].seconds if here else self._tensor.get(i, 0.0)
+            for value in dict.fromkeys(step.values()):
+                there = made.get(value, False)
+                if here and value == step.values()[0] and self._takes_either(i):
+                    continue
+                if there != here and (value, here) not in converted:
+                    converted.add((value, here))
+                    total += self._time_conversion(value, to_positions=here)
+            made[step.result] = here
+        return total
+
+    def _takes_either(self, i: int) -> bool:
+        """Whether the layer copies its input anyway, from wherever it lies."""
+        layer = self._layers[i]
+        return layer.kind == "affine" or not layer.reads_in_place
+
+    def _key(self, i: int) -> tuple[Any, ...]:
+        """What the time of a step depends on, besides the kernel."""
+        step = self._program.steps[i]
+        shapes = tuple(self._program.meta[v].shape[1:] for v in step.values() if self._has_shape(v))
+        if isinstance(step, Convolution):
+            what: tuple[Any, ...] = (
+                "conv",
+                tuple(self._state.tensors[step.weight].shape),
+                step.stride,
+                step.padding,
+                step.dilation,
+                step.groups,
+                step.residual is not None,
+                None if step.activation is None else step.activation.name,
+            )
+        elif isinstance(step, Affine):
+            what = ("affine", None if step.activation is None else step.activation.name)
+        else:
+            assert isinstance(step, Call)
+            what = (str(step.target), repr([a for a in step.args[1:] if not isinstance(a, Value)]))
+        return (*what, shapes, str(self._dtype))
+
+    def _has_shape(self, value: Value) -> bool:
+        return value in self._program.meta
+
+    def _inputs(self, step: Step, images: int) -> dict[Value, Any]:
+        generator = torch.Generator().manual_seed(0)
+        values: dict[Value, Any] = {}
+        for value in step.values():
+            shape = (images, *(n or 1 for n in self._program.meta[value].shape[1:]))
+            x = torch.randn(shape, generator=generator).to(self._dtype)
+            values[value] = channels_last(x)
+        return values
+
+    def _time_tensor(self, i: int) -> float:
+        step = self._program.steps[i]
+        images = min(self._batch, 4)
+
+        def prepare() -> Any:
+            values = self._inputs(step, images)
+            sizes = tuple(values[step.values()[0]].shape)
+            _, run = tensor_step(step, self._state, dtype=self._dtype, sizes=sizes)
+            return lambda: run(values)
+
+        return self._tuner.seconds(("tensor", *self._key(i), images), prepare) / images
+
+    def _best_on_positions(self, i: int) -> Choice:
+        layer = self._layers[i]
+        positions = self._geometries.of(layer.size)
+        images = min(self._batch, positions.images * torch.get_num_threads())
+        density: float | None = None
+        options = [(14, False)]
+        if layer.kind == "concatenate":  # its inputs are written where the result lies
+            return Choice(True, "in place")
+        if layer.kind == "convolution":
+            assert isinstance(layer.step, Convolution)
+            keep = self._state.keep[layer.step.weight]
+            density = float(f"{keep.sum().item() / keep.numel():.1e}")
+            blocks = (False,) if self._dtype == torch.bfloat16 else (True, False)
+            options = [(lines, blocked) for lines in _LINES for blocked in blocks]
+        timed = []
+        for lines, blocked in options:
+            key = ("positions", *self._key(i), density, positions.images, positions.halo)
+
+            def prepare(lines: int = lines, blocked: bool = blocked) -> Any:
+                return self._prepare_on_positions(layer, positions, images, lines, blocked)
+
+            seconds = self._tuner.seconds((*key, images, lines, blocked), prepare) / images
+            name = f"sparse, {lines} lines" + (", blocked" if blocked else "")
+            if layer.kind != "convolution":
+                name = "positions"
+            timed.append(Choice(True, name, seconds, (), lines, blocked))
+        return min(timed, key=lambda c: c.seconds)
+
+    def _prepare_on_positions(
+        self, layer: Layer, positions: Positions, images: int, lines: int, blocked: bool
+    ) -> Any:
+        step = layer.step
+        values = self._inputs(step, images)
+        chunks = chunks_for(positions, images, lines)
+        run = position_step(
+            layer, self._state, positions, lines=lines, blocked=blocked, chunks=chunks
+        )
+        source = values[step.values()[0]]
+        source = source[(slice(None), slice(None), *(None,) * (5 - source.ndim))]
+        apart = None
+        input: Any = source
+        if layer.kind in ("convolution", "average_pool", "max_pool"):
+            channels = source.shape[1] * len(layer.views.phases)
+            buffer = Buffer(positions, channels, images)
+            if layer.reads_in_place:
+                pack(source, buffer)
+                input = buffer
+            else:
+                apart = buffer
+        output = Buffer(positions, layer.channels, images)
+        residual = None
+        if isinstance(step, Convolution) and step.residual is not None:
+            residual = Buffer(positions, layer.channels, images)
+        return lambda: run(input, apart, output, residual, images)
+
+    def _time_conversion(self, value: Value, *, to_positions: bool) -> float:
+        meta = self._program.meta.get(value)
+        if meta is None or any(n is None for n in meta.shape[1:]):
+            return float("inf")
+        _, channels, *rest = (int(n or 0) for n in meta.shape)
+        size: Size = (1,) * (3 - len(rest)) + tuple(rest)  # type: ignore[assignment]
+        if not self._geometries.knows(size):
+            return float("inf")
+        positions = self._geometries.of(size)
+        images = min(self._batch, positions.images * torch.get_num_threads())
+
+        def prepare() -> Any:
+            x = channels_last(torch.zeros((images, channels, *rest), dtype=self._dtype))
+            buffer = Buffer(positions, channels, images)
+            return (lambda: pack(x, buffer)) if to_positions else (lambda: unpack(buffer, x))
+
+        key = ("to positions" if to_positions else "to tensor", channels, positions, images)
+        return self._tuner.seconds(key, prepare) / images
+
+
+def chunks_for(positions: Positions, images: int, lines: int) -> int:
+    """Cuts of the output channels: some where there are fewer tiles than the threads need."""
+    threads = torch.get_num_threads()
+    tiles = positions.groups(images) * -(-int((positions.valid != 0).sum()) // lines)
+    return 1 if threads == 1 or tiles >= 4 * threads or tiles % threads == 0 else 2 * threads
+
+
+def _segments(
+    program: Program,
+    steps: Sequence[int],
+    choices: dict[int, Choice],
+    layers: dict[int, Layer],
+    geometries: Geometries,
+    batch: int,
+) -> tuple[Segment, ...]:
+    """Cut the pass where one value is alive, by how many images suit what lies between."""
+    if not steps or not any(choices[i].positions for i in steps) or not batch_independent(program):
+        return (Segment(tuple(steps), 0),) if steps else ()
+    last_use = program.last_use()
+    own = {program.steps[i].result for i in steps}
+    alive: set[Value] = set()
+    atoms: list[list[int]] = [[]]
+    for i in steps:
+        atoms[-1].append(i)
+        alive.add(program.steps[i].result)
+        alive = {v for v in alive if last_use.get(v, -1) > i and v in own}
+        if len(alive) == 1 and next(iter(alive)) in program.meta:
+            atoms.append([])
+    segments: list[tuple[list[int], int]] = []
+    for atom in atoms:
+        wanted = [
+            geometries.images_at_once(size)
+            for i in atom
+            if choices[i].positions
+            for size in (layers[i].size, layers[i].input_size)
+            if geometries.knows(size)
+        ]
+        # The least that a layer on positions wants; tensors alone run as what came before them.
+        images = (
+            max(min(wanted), _most_interleaved(atom, choices, layers, geometries)) if wanted else 0
+        )
+        if segments and (not wanted or segments[-1][1] in (images, 0)):
+            before, known = segments[-1]
+            segments[-1] = ([*before, *atom], images or known)
+        else:
+            segments.append(([*atom], images))
+    return tuple(
+        Segment(tuple(part), 0 if images >= batch else images) for part, images in segments if part
+    )
+
+
+def _most_interleaved(
+    atom: Sequence[int],
+    choices: dict[int, Choice],
+    layers: dict[int, Layer],
+    geometries: Geometries,
+) -> int:
+    return max(
+        (geometries.of(layers[i].size).images for i in atom if choices[i].positions), default=1
+    )
+
+
+_INDEPENDENT = frozenset(
+    f"aten.{name}"
+    for name in """
+    relu relu6 silu gelu hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus
+    sigmoid tanh exp log sqrt rsqrt abs neg pow clamp clamp_min clamp_max square prelu
+    add sub mul div max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d
+    upsample_trilinear3d upsample_bicubic2d conv1d conv2d conv3d conv_transpose1d
+    conv_transpose2d conv_transpose3d constant_pad_nd pixel_shuffle linear layer_norm
+    group_norm instance_norm
+    """.split()
+)
+
+
+def batch_independent(program: Program) -> bool:
+    """Whether every operator treats each image by itself, so that a batch can be cut.
+
+    Known operators on values whose first dimension is the batch; a reduction, `cat` and `flatten`
+    if they leave that dimension alone.
+    """
+
+    def batch_first(value: Value) -> bool:
+        meta = program.meta.get(value)
+        return meta is not None and len(meta.shape) > 0 and meta.shape[0] is None
+
+    for step in program.steps:
+        if isinstance(step, Convolution | Linear | Affine):
+            continue
+        assert isinstance(step, Call)
+        if not all(batch_first(v) for v in [*step.values(), step.result]):
+            return False
+        name = str(step.target).rsplit(".", 1)[0]
+        if name in _INDEPENDENT:
+            continue
+        rank = len(program.meta[step.result].shape)
+        if name in ("aten.mean", "aten.sum", "aten.amax"):
+            dims = step.args[1] if len(step.args) > 1 else None
+            ndim = len(program.meta[step.values()[0]].shape)
+            if isinstance(dims, list | tuple) and dims and all(d % ndim for d in dims):
+                continue
+        elif name == "aten.cat":
+            if len(step.args) > 1 and step.args[1] % rank:
+                continue
+        elif name == "aten.flatten":
+            if len(step.args) > 1 and step.args[1] > 0:
+                continue
+        elif name == "aten.softmax" and step.args[1] % rank:
+            continue
+        return False
+    return True
+
+
+def layers_of(program: Program, state: ModelState, steps: Sequence[int]) -> dict[int, Layer]:
+    """The steps of one model that can run on positions."""
+    found = {i: layer_of(program, program.steps[i], state) for i in steps}
+    return {i: layer for i, layer in found.items() if layer is not None}

@@ -1,0 +1,306 @@
+"""Steps on positions: which can be computed there, and how (fastpie.ops.positions)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpie import _C
+from fastpie.dual.program import Activation, Affine, Call, Convolution, Program, Step, TensorName
+from fastpie.dual.states import ModelState, fold, norm_scale_shift
+from fastpie.dual.tensor_steps import known_slope
+from fastpie.ops import _native
+from fastpie.ops.packing import ACTIVATIONS, PackedConv, from_positions, to_positions
+from fastpie.ops.positions import Buffer, Positions, Views, dtype_code, tiles_of, views_of
+
+__all__ = ["Layer", "Size", "as_5d", "layer_of", "pack", "position_step", "same_views", "unpack"]
+
+Size = tuple[int, int, int]
+
+_MAX_DENSITY = 0.6
+"""Above it no layer was faster on positions than by oneDNN (docs/design/cpu-engine.md)."""
+
+_MAX_HALO = 0.34
+"""Zeros that a geometry may hold for each pixel along an axis: wide dilations go to oneDNN."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A step that can be computed on positions.
+
+    Attributes:
+        kind: "convolution", "max_pool", "average_pool", "affine" or "concatenate".
+        step: as captured.
+        channels: of the result.
+        size: (D, H, W) of the result.
+        input_size: of the input.
+        views: the input as shifted views; of one tap for "affine" and "concatenate".
+        stride: of the views.
+    """
+
+    kind: str
+    step: Step
+    channels: int
+    size: Size
+    input_size: Size
+    views: Views
+    stride: Size
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether the input can be read where it lies, in the geometry of the result."""
+        if self.kind == "max_pool":  # needs another halo than the others: -inf
+            return False
+        return self.views.is_shift_only and self.input_size == self.size
+
+
+def as_5d(x: Tensor) -> Tensor:  # [N, C, ...] -> [N, C, D, H, W], a view
+    """The same elements with three spatial dimensions."""
+    return x[(slice(None), slice(None), *(None,) * (5 - x.ndim))]
+
+
+def same_views(size: Size) -> Views:
+    """The view of each pixel by itself."""
+    return views_of(size, (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1))
+
+
+def _known_size(program: Program, value: Any) -> tuple[int, Size] | None:
+    """Channels and size of a value [N, C, 1 to 3 spatial dimensions], if known."""
+    meta = program.meta.get(value)
+    if meta is None or not 3 <= len(meta.shape) <= 5 or meta.shape[0] is not None:
+        return None
+    if meta.dtype != torch.float32 or any(n is None or n == 0 for n in meta.shape[1:]):
+        return None
+    _, channels, *rest = meta.shape
+    size = (1,) * (3 - len(rest)) + tuple(int(n or 0) for n in rest)
+    return int(channels or 0), size  # type: ignore[return-value]
+
+
+def _three(values: Any, rank: int, fill: int) -> Size:
+    """One number for each of three axes, from a number or `rank` of them."""
+    values = [values] * rank if isinstance(values, int) else list(values)
+    values = values * rank if len(values) == 1 else values
+    return tuple([fill] * (3 - rank) + values)  # type: ignore[return-value]
+
+
+def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
+    """The step as a layer on positions in one model, or None if it cannot be one."""
+    source = step.values()[0] if step.values() else None
+    before, after = _known_size(program, source), _known_size(program, step.result)
+    if before is None or after is None:
+        return None
+    channels, size = after
+    rank = len(program.meta[step.result].shape) - 2
+    one = same_views(size)
+    if isinstance(step, Convolution):
+        keep = state.keep.get(step.weight)
+        if keep is None or keep.sum() > _MAX_DENSITY * keep.numel():
+            return None
+        if not _known_activation(known_slope(step.activation, state)):
+            return None
+        stride = _three(step.stride, rank, 1)
+        kernel = _three(list(keep.shape[2:]), rank, 1)
+        padding, dilation = _three(step.padding, rank, 0), _three(step.dilation, rank, 1)
+        views = views_of(before[1], kernel, stride, padding, dilation)
+        return _if_halo_fits(Layer("convolution", step, channels, size, before[1], views, stride))
+    if isinstance(step, Affine):
+        if not _known_activation(known_slope(step.activation, state)):
+            return None
+        return Layer("affine", step, channels, size, before[1], one, (1, 1, 1))
+    if not isinstance(step, Call) or step.kwargs:
+        return None
+    name = str(step.target)
+    if name == "aten.cat.default" and len(step.args) == 2 and step.args[1] == 1:
+        if all(_known_size(program, value) is not None for value in step.args[0]):
+            return Layer("concatenate", step, channels, size, size, one, (1, 1, 1))
+        return None
+    pools = {f"aten.{kind}_pool{rank}d.default": kind for kind in ("max", "avg")}
+    if name not in pools:
+        return None
+    kernel, *rest = step.args[1:]
+    defaults: list[Any] = [[], 0, 1, False] if pools[name] == "max" else [[], 0, False, True, None]
+    stride, padding, *options = [*rest, *defaults[len(rest) :]]
+    dilation = 1
+    if pools[name] == "max":
+        dilation, ceil = options
+        if ceil:
+            return None
+    else:
+        ceil, include_padding, divisor = options
+        if ceil or divisor is not None or not (include_padding or _all_zero(padding)):
+            return None
+    three = _three(kernel, rank, 1)
+    views = views_of(
+        before[1],
+        three,
+        _three(stride or kernel, rank, 1),
+        _three(padding, rank, 0),
+        _three(dilation, rank, 1),
+    )
+    kind = "max_pool" if pools[name] == "max" else "average_pool"
+    layer = Layer(kind, step, channels, size, before[1], views, _three(stride or kernel, rank, 1))
+    return _if_halo_fits(layer)
+
+
+def _all_zero(padding: Any) -> bool:
+    return not any([padding] if isinstance(padding, int) else padding)
+
+
+def _if_halo_fits(layer: Layer) -> Layer | None:
+    small = all(
+        halo <= max(1, _MAX_HALO * n) for halo, n in zip(layer.views.halo, layer.size, strict=True)
+    )
+    return layer if small and layer.views.size == layer.size else None
+
+
+def _known_activation(activation: Activation | None) -> bool:
+    if activation is None:
+        return True
+    return activation.name in ACTIVATIONS and not isinstance(activation.slope, TensorName)
+
+
+PositionStep = Callable[[Any, Buffer | None, Buffer, Buffer | None, int], None]
+"""run(source, apart, output, residual, images): `source` is a tensor [N, C, D, H, W] or a buffer,
+`apart` the buffer for its phases where the layer does not read in place."""
+
+
+def position_step(
+    layer: Layer, state: ModelState, positions: Positions, *, lines: int, blocked: bool, chunks: int
+) -> PositionStep:
+    """Lower a layer to positions, with its own copy of the weights.
+
+    Args:
+        layer: from `layer_of`.
+        state: the model's tensors.
+        positions: the geometry of the result.
+        lines: cache lines of a tile.
+        blocked: whether input channels are cut into blocks for the L1 cache.
+        chunks: cuts of the output channels, for threads.
+    """
+    if layer.kind == "convolution":
+        return _convolution(layer, state, positions, lines, blocked, chunks)
+    if layer.kind == "average_pool":
+        return _average_pool(layer, positions, lines)
+    if layer.kind == "max_pool":
+        return _max_pool(layer, positions, lines)
+    assert layer.kind == "affine"
+    return _affine(layer, state)
+
+
+def _run_packed(layer: Layer, packed: PackedConv, activation: Activation | None) -> PositionStep:
+    name = "none" if activation is None else activation.name
+    slope = 0.0 if activation is None else activation.slope
+
+    def run(
+        source: Any, apart: Buffer | None, output: Buffer, residual: Buffer | None, images: int
+    ) -> None:
+        if apart is not None:
+            to_positions(source, apart, layer.views, layer.stride, images=images)
+            source = apart
+        packed.run(source, output, images, residual=residual, activation=name, slope=slope)
+
+    return run
+
+
+def _convolution(
+    layer: Layer, state: ModelState, positions: Positions, lines: int, blocked: bool, chunks: int
+) -> PositionStep:
+    step = layer.step
+    assert isinstance(step, Convolution)
+    folded = fold(step, state)
+    assert folded.keep is not None
+    packed = PackedConv(
+        as_5d(folded.weight),
+        as_5d(folded.keep),
+        layer.views,
+        positions,
+        groups=step.groups,
+        bias=folded.bias,
+        row_scale=folded.scale,
+        lines=lines,
+        block_channels=None if blocked else folded.weight.shape[1],
+        chunks=chunks,
+    )
+    return _run_packed(layer, packed, known_slope(step.activation, state))
+
+
+def _average_pool(layer: Layer, positions: Positions, lines: int) -> PositionStep:
+    """A convolution of each channel by itself with equal weights."""
+    taps = len(layer.views.taps)
+    weight = torch.full((layer.channels, 1, taps, 1, 1), 1.0 / taps)
+    packed = PackedConv(
+        weight,
+        torch.ones_like(weight, dtype=torch.bool),
+        layer.views,
+        positions,
+        groups=layer.channels,
+        lines=lines,
+        block_channels=1,
+    )
+    return _run_packed(layer, packed, None)
+
+
+def _max_pool(layer: Layer, positions: Positions, lines: int) -> PositionStep:
+    taps = torch.tensor(layer.views.tap_offsets(positions), dtype=torch.int32)
+    tiles = tiles_of(positions, lines)
+
+    def run(
+        source: Any, apart: Buffer | None, output: Buffer, residual: Buffer | None, images: int
+    ) -> None:
+        assert apart is not None  # its halo holds -inf
+        to_positions(source, apart, layer.views, layer.stride, images=images)
+        address, group, plane = apart.handle
+        _native.call(
+            _C.max_pool_cpu,
+            (address, group, plane * len(layer.views.phases)),
+            output.handle,
+            layer.channels,
+            taps.data_ptr(),
+            taps.numel(),
+            tiles.handle,
+            dtype_code(positions.dtype),
+            positions.groups(images),
+            torch.get_num_threads(),
+        )
+
+    return run
+
+
+def _affine(layer: Layer, state: ModelState) -> PositionStep:
+    step = layer.step
+    assert isinstance(step, Affine)
+    scale, shift = (t.float() for t in norm_scale_shift(step.norm, state))
+    activation = known_slope(step.activation, state)
+    name = "none" if activation is None else activation.name
+    slope = 0.0 if activation is None else float(activation.slope)
+
+    def run(
+        source: Any, apart: Buffer | None, output: Buffer, residual: Buffer | None, images: int
+    ) -> None:
+        to_positions(
+            source,
+            output,
+            layer.views,
+            (1, 1, 1),
+            images=images,
+            scale=scale,
+            shift=shift,
+            activation=name,
+            slope=slope,
+        )
+
+    return run
+
+
+def pack(x: Tensor, buffer: Buffer) -> None:  # x: [N, C, ...]
+    """Write a tensor into positions."""
+    to_positions(as_5d(x), buffer, same_views(buffer.positions.size), (1, 1, 1))
+
+
+def unpack(buffer: Buffer, y: Tensor) -> None:  # y: [N, C, ...]
+    """Read a tensor from positions."""
+    from_positions(buffer, as_5d(y))

@@ -1,0 +1,503 @@
+"""One segment of a pass as instructions over tensors and buffers, and its execution."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpie.dual.plan import Choice, Geometries, Segment, chunks_for
+from fastpie.dual.position_steps import (
+    Layer,
+    Size,
+    as_5d,
+    pack,
+    position_step,
+    same_views,
+    unpack,
+)
+from fastpie.dual.program import Affine, Call, Convolution, Program, Value
+from fastpie.dual.states import ModelState
+from fastpie.dual.tensor_steps import tensor_step
+from fastpie.ops.packing import to_positions
+from fastpie.ops.positions import Buffer, Positions
+
+__all__ = ["Code", "Workspace", "compile_segment"]
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass
+class Frame:
+    """What instructions see: values of a micro-batch, buffers, and results of the whole batch."""
+
+    values: dict[Value, Any]
+    buffers: list[Buffer]
+    images: int
+    first: int = 0
+    batch: int = 0
+    whole: dict[Value, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Instruction:
+    """One call of a kernel.
+
+    Attributes:
+        step: position of the step in the program, or None for a conversion.
+        name: of the step.
+        kernel: of the call.
+        run: the call.
+        drop: values that nothing needs after it.
+    """
+
+    step: int | None
+    name: str
+    kernel: str
+    run: Callable[[Frame], None]
+    drop: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Channels of a storage that hold a value."""
+
+    storage: int
+    positions: Positions
+    channels: int
+    first: int
+    of: int
+
+
+@dataclass
+class _Storage:
+    positions: Positions
+    planes: int  # of each group
+    fill: float
+    users: int = 0  # places in use
+
+
+class Workspace:
+    """The buffers of a segment, for one call at a time."""
+
+    def __init__(self, storages: list[_Storage], places: list[_Place], images: int) -> None:
+        """Allocate for micro-batches of `images` images."""
+        whole = [Buffer(s.positions, s.planes, images, fill=s.fill) for s in storages]
+        self.buffers = [
+            Buffer(p.positions, p.channels, images, within=whole[p.storage], first=p.first, of=p.of)
+            for p in places
+        ]
+
+
+@dataclass
+class Code:
+    """A compiled segment.
+
+    Attributes:
+        images: of a micro-batch; 0: the whole batch.
+        inputs: values that it takes from outside.
+        outputs: values that others need.
+        instructions: in order.
+    """
+
+    images: int
+    inputs: list[Value]
+    outputs: list[Value]
+    instructions: list[Instruction]
+    storages: list[_Storage]
+    places: list[_Place]
+
+    def run(
+        self,
+        values: dict[Value, Any],
+        batch: int,
+        workspace: Workspace,
+        seconds: list[float] | None = None,
+    ) -> dict[Value, Any]:
+        """Run on a batch and return the outputs; `seconds` gains the time of each instruction."""
+        micro = self.images or batch
+        frame = Frame({}, workspace.buffers, micro, batch=batch)
+        parts: dict[Value, list[Any]] = {value: [] for value in self.outputs}
+        for first in range(0, batch, micro):
+            images = min(micro, batch - first)
+            frame.first, frame.images = first, images
+            if images == batch:
+                frame.values = {v: values[v] for v in self.inputs}
+            else:
+                frame.values = {v: values[v][first : first + images] for v in self.inputs}
+            for position, instruction in enumerate(self.instructions):
+                if seconds is None:
+                    instruction.run(frame)
+                else:
+                    start = time.perf_counter()
+                    instruction.run(frame)
+                    seconds[position] += time.perf_counter() - start
+                for value in instruction.drop:
+                    del frame.values[value]
+            for value, part in parts.items():
+                if value not in frame.whole:
+                    part.append(frame.values[value])
+        whole = {
+            value: part[0] if len(part) == 1 else torch.cat(part)
+            for value, part in parts.items()
+            if part
+        }
+        return {**whole, **frame.whole}
+
+
+def compile_segment(
+    program: Program,
+    state: ModelState,
+    segment: Segment,
+    choices: dict[int, Choice],
+    layers: dict[int, Layer],
+    geometries: Geometries,
+    *,
+    batch: int,
+    dtype: torch.dtype,
+    wanted: set[Value],
+) -> Code:
+    """Turn the steps of a segment into instructions.
+
+    Args:
+        program: the captured model.
+        state: the model's tensors.
+        segment: which steps, in how many images.
+        choices: form and kernel of each step.
+        layers: the steps on positions.
+        geometries: of all sizes.
+        batch: the largest batch.
+        dtype: to compute in.
+        wanted: values that later segments, other models or the caller need.
+    """
+    return _Compiler(
+        program, state, segment, choices, layers, geometries, batch, dtype, wanted
+    ).compile()
+
+
+class _Compiler:
+    def __init__(
+        self,
+        program: Program,
+        state: ModelState,
+        segment: Segment,
+        choices: dict[int, Choice],
+        layers: dict[int, Layer],
+        geometries: Geometries,
+        batch: int,
+        dtype: torch.dtype,
+        wanted: set[Value],
+    ) -> None:
+        self._program, self._state, self._segment = program, state, segment
+        self._choices, self._layers, self._geometries = choices, layers, geometries
+        self._dtype = dtype
+        self._images = segment.images or batch
+        self._wanted = wanted
+        self._made = {program.steps[i].result: i for i in segment.steps}
+        self._last: dict[Value, int] = {}
+        for i in segment.steps:
+            for value in (*program.steps[i].values(), program.steps[i].result):
+                self._last[value] = i
+        self._instructions: list[Instruction] = []
+        self._tensors: set[Value] = set()  # values that lie as tensors now
+        self._fresh: set[Value] = set()  # ... in memory of their own
+        self._where: dict[Value, int] = {}  # place of each value on positions
+        self._storages: list[_Storage] = []
+        self._places: list[_Place] = []
+        self._slots: dict[Value, tuple[int, int, int]] = {}  # root, first channel, of
+        self._roots: dict[int, tuple[int, int]] = {}  # storage, values that still need it
+        self._root_users: dict[int, set[Value]] = {}
+
+    def compile(self) -> Code:
+        steps = self._program.steps
+        inputs = list(
+            dict.fromkeys(
+                v for i in self._segment.steps for v in steps[i].values() if v not in self._made
+            )
+        )
+        self._tensors.update(inputs)
+        self._assign_slots()
+        for i in self._segment.steps:
+            begin = len(self._instructions)
+            if self._choices[i].positions:
+                self._on_positions(i)
+            else:
+                self._on_tensors(i)
+            self._release(i, begin)
+        outputs = [v for v in self._made if v in self._wanted]
+        return Code(
+            self._segment.images,
+            inputs,
+            outputs,
+            self._instructions,
+            self._storages,
+            self._places,
+        )
+
+    # ------------------------------------------------------------------ tensors
+
+    def _on_tensors(self, i: int) -> None:
+        step = self._program.steps[i]
+        for value in dict.fromkeys(step.values()):
+            self._need_tensor(value)
+        sizes = None
+        overwrite = False
+        if isinstance(step, Convolution):
+            shape = self._program.meta[step.input].shape
+            if all(n is not None for n in shape[1:]):
+                sizes = (self._images, *(int(n or 0) for n in shape[1:]))
+            overwrite = step.residual is not None and self._may_overwrite(step.residual, i)
+        kernel, run = tensor_step(
+            step,
+            self._state,
+            dtype=self._dtype,
+            sizes=sizes,
+            overwrite_residual=overwrite,
+            is_output=step.result in self._program.outputs(),
+        )
+        result = step.result
+
+        def execute(frame: Frame) -> None:
+            frame.values[result] = run(frame.values)
+
+        self._emit(i, kernel, execute)
+        self._tensors.add(result)
+        if isinstance(step, Convolution | Affine):
+            self._fresh.add(result)
+
+    def _may_overwrite(self, value: Value, i: int) -> bool:
+        """Whether nothing needs the memory of a value after step i, which reads it last."""
+        if value not in self._fresh or value in self._wanted or self._last[value] != i:
+            return False
+        steps = self._program.steps
+        if list(steps[i].values()).count(value) != 1:
+            return False
+        return not any(
+            isinstance(user, Call) and value in user.aliased()
+            for user in (steps[j] for j in self._segment.steps)
+            if value in user.values()
+        )
+
+    def _need_tensor(self, value: Value) -> None:
+        if value in self._tensors:
+            return
+        place = self._where[value]
+        shape = tuple(int(n or 0) for n in self._program.meta[value].shape[1:])
+        memory = _FORMATS.get(len(shape) + 1, torch.contiguous_format)
+        dtype, whole = self._dtype, value in self._wanted
+
+        def execute(frame: Frame) -> None:
+            if whole and frame.images < frame.batch:
+                if value not in frame.whole:
+                    frame.whole[value] = torch.empty(
+                        (frame.batch, *shape), dtype=dtype, memory_format=memory
+                    )
+                y = frame.whole[value][frame.first : frame.first + frame.images]
+            else:
+                y = torch.empty((frame.images, *shape), dtype=dtype, memory_format=memory)
+            unpack(frame.buffers[place], y)
+            frame.values[value] = y
+
+        self._emit(None, "to tensor", execute, name=self._name_of(value))
+        self._tensors.add(value)
+        self._fresh.add(value)
+
+    # ------------------------------------------------------------------ positions
+
+    def _on_positions(self, i: int) -> None:
+        step, layer, choice = self._program.steps[i], self._layers[i], self._choices[i]
+        positions = self._geometries.of(layer.size)
+        if layer.kind == "concatenate":
+            self._concatenate(i, layer, positions)
+            return
+        source = step.values()[0]
+        copies = layer.kind == "affine" or not layer.reads_in_place
+        from_tensor = copies and (
+            source not in self._where
+            or self._geometries.of(layer.input_size).images not in (1, positions.images)
+        )
+        if from_tensor:
+            self._need_tensor(source)
+        elif source not in self._where:
+            self._need_positions(source, layer.input_size)
+        residual = None
+        if isinstance(step, Convolution) and step.residual is not None:
+            self._need_positions(step.residual, layer.size)
+            residual = self._where[step.residual]
+        apart = None
+        if copies and layer.kind != "affine":
+            channels = int(self._program.meta[source].shape[1] or 0) * len(layer.views.phases)
+            fill = -float("inf") if layer.kind == "max_pool" else 0.0
+            apart = self._allocate(positions, channels, fill, private=True)
+        output = self._allocate_for(step.result, positions, layer.channels)
+        chunks = chunks_for(positions, self._images, choice.lines)
+        run = position_step(
+            layer,
+            self._state,
+            positions,
+            lines=choice.lines,
+            blocked=choice.blocked,
+            chunks=chunks,
+        )
+        place = None if from_tensor else self._where[source]
+
+        def execute(frame: Frame) -> None:
+            buffers = frame.buffers
+            run(
+                as_5d(frame.values[source]) if place is None else buffers[place],
+                None if apart is None else buffers[apart],
+                buffers[output],
+                None if residual is None else buffers[residual],
+                frame.images,
+            )
+
+        self._emit(i, choice.kernel, execute)
+        self._where[step.result] = output
+        if step.result in self._wanted:
+            self._need_tensor(step.result)
+
+    def _need_positions(self, value: Value, size: Size) -> None:
+        if value in self._where:
+            return
+        positions = self._geometries.of(size)
+        channels = int(self._program.meta[value].shape[1] or 0)
+        place = self._allocate_for(value, positions, channels)
+
+        def execute(frame: Frame) -> None:
+            pack(frame.values[value], frame.buffers[place])
+
+        self._emit(None, "to positions", execute, name=self._name_of(value))
+        self._where[value] = place
+
+    def _concatenate(self, i: int, layer: Layer, positions: Positions) -> None:
+        step = self._program.steps[i]
+        for value in dict.fromkeys(step.values()):
+            self._need_positions(value, layer.size)
+        result = self._allocate_for(step.result, positions, layer.channels)
+        target = self._places[result]
+        copies = []
+        first = target.first
+        for value in step.values():
+            source = self._places[self._where[value]]
+            if (source.storage, source.first) != (target.storage, first):
+                place = _Place(target.storage, positions, source.channels, first, target.of)
+                self._places.append(place)
+                copies.append((self._where[value], len(self._places) - 1))
+            first += source.channels
+        views = same_views(layer.size)
+
+        def execute(frame: Frame) -> None:
+            for source, destination in copies:
+                to_positions(
+                    frame.buffers[source],
+                    frame.buffers[destination],
+                    views,
+                    (1, 1, 1),
+                    images=frame.images,
+                )
+
+        self._emit(i, f"positions, {len(copies)} copied", execute)
+        self._where[step.result] = result
+        if step.result in self._wanted:
+            self._need_tensor(step.result)
+
+    # ------------------------------------------------------------------ memory
+
+    def _assign_slots(self) -> None:
+        """Let the inputs of a concatenation be written where its result lies."""
+        steps = self._program.steps
+        cats = [
+            i
+            for i in self._segment.steps
+            if self._choices[i].positions and self._layers[i].kind == "concatenate"
+        ]
+        for root, i in enumerate(reversed(cats)):
+            result, values = steps[i].result, steps[i].values()
+            channels = [int(self._program.meta[v].shape[1] or 0) for v in values]
+            total = sum(channels)
+            slots = [self._slots.get(v) for v in values]
+            if result not in self._slots and slots[0] is not None:
+                where, first, of = slots[0]
+                expected = [(where, first + sum(channels[:k]), of) for k in range(len(values))]
+                if slots == expected:
+                    self._slots[result] = slots[0]
+                    continue
+            where, first, of = self._slots.setdefault(result, (root, 0, total))
+            for value, count in zip(values, channels, strict=True):
+                self._slots.setdefault(value, (where, first, of))
+                first += count
+        for value, (root, _, _) in self._slots.items():
+            self._root_users.setdefault(root, set()).add(value)
+
+    def _allocate_for(self, value: Value, positions: Positions, channels: int) -> int:
+        if value not in self._slots:
+            return self._allocate(positions, channels)
+        root, first, of = self._slots[value]
+        if root not in self._roots:
+            place = self._allocate(positions, of)
+            self._roots[root] = (self._places[place].storage, 0)
+        storage = self._roots[root][0]
+        self._places.append(_Place(storage, positions, channels, first, of))
+        return len(self._places) - 1
+
+    def _allocate(
+        self, positions: Positions, channels: int, fill: float = 0.0, private: bool = False
+    ) -> int:
+        """A place of its own. What holds phases is private for ever: its halo is another."""
+        index = None
+        if not private:
+            free = [
+                k for k, s in enumerate(self._storages) if s.users == 0 and s.positions == positions
+            ]
+            fits = [k for k in free if self._storages[k].planes >= channels]
+            if fits:
+                index = min(fits, key=lambda k: self._storages[k].planes)
+            elif free:
+                index = max(free, key=lambda k: self._storages[k].planes)
+        if index is None:
+            self._storages.append(_Storage(positions, channels, fill))
+            index = len(self._storages) - 1
+        storage = self._storages[index]
+        storage.planes = max(storage.planes, channels)
+        storage.users += 1
+        self._places.append(_Place(index, positions, channels, 0, channels))
+        return len(self._places) - 1
+
+    def _release(self, i: int, begin: int) -> None:
+        """Free what step i was the last to need."""
+        if len(self._instructions) == begin:
+            return
+        dead = [
+            v
+            for v, last in self._last.items()
+            if last == i and (v not in self._wanted or v not in self._made)
+        ]
+        drop = [v for v in dead if v in self._tensors]
+        self._tensors.difference_update(drop)
+        self._instructions[-1].drop = tuple(drop)
+        for value in (v for v, last in self._last.items() if last == i):
+            if value not in self._where:
+                continue
+            if value in self._slots:
+                root = self._slots[value][0]
+                self._root_users[root].discard(value)
+                if not self._root_users[root] and root in self._roots:
+                    self._storages[self._roots[root][0]].users -= 1
+            else:
+                self._storages[self._places[self._where[value]].storage].users -= 1
+
+    # ------------------------------------------------------------------ instructions
+
+    def _emit(
+        self, i: int | None, kernel: str, run: Callable[[Frame], None], *, name: str | None = None
+    ) -> None:
+        label = name if i is None else self._program.steps[i].name
+        self._instructions.append(Instruction(i, label or "", kernel, run))
+
+    def _name_of(self, value: Value) -> str:
+        i = self._made.get(value)
+        return str(value) if i is None else self._program.steps[i].name

@@ -1,0 +1,258 @@
+"""Steps on tensors: oneDNN's prepacked, fused convolutions through torch, and torch's own operators.
+
+The operators `torch.ops.mkldnn.*` are those that torch.compile uses for frozen models; they are no
+public interface. Where one is missing, the layer is computed by torch.nn.functional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastpie.dual.program import (
+    Activation,
+    Affine,
+    Call,
+    Convolution,
+    Linear,
+    Step,
+    TensorName,
+    Value,
+    activate,
+    map_leaves,
+)
+from fastpie.dual.states import ModelState, fold, norm_scale_shift
+
+__all__ = ["TensorStep", "channels_last", "tensor_step"]
+
+TensorStep = Callable[[dict[Value, Any]], Any]
+"""Computes the result of a step from the values so far; overwrites none but the residual that it
+was told to."""
+
+_Finish = Callable[[Tensor, dict[Value, Any]], Tensor]
+
+_CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """The tensor with channels innermost, as oneDNN's kernels want it."""
+    return x.contiguous(memory_format=_FORMATS.get(x.ndim, torch.contiguous_format))
+
+
+def tensor_step(
+    step: Step,
+    state: ModelState,
+    *,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...] | None = None,
+    overwrite_residual: bool = False,
+    is_output: bool = False,
+) -> tuple[str, TensorStep]:
+    """Lower a step to tensors, with its own copy of the weights.
+
+    Args:
+        step: any step of a program.
+        state: the model's tensors.
+        dtype: to compute in, torch.float32 or torch.bfloat16.
+        sizes: [N, C, ...] of a convolution's input: oneDNN lays the weights out for it.
+        overwrite_residual: whether the residual's memory may become the result's.
+        is_output: the result is what the model returns: a linear layer then gives fp32.
+
+    Returns:
+        The name of the kernel, for the report, and the function.
+    """
+    if isinstance(step, Convolution):
+        return _convolution(step, state, dtype, sizes, overwrite_residual)
+    if isinstance(step, Linear):
+        return _linear(step, state, torch.float32 if is_output else dtype)
+    if isinstance(step, Affine):
+        return _affine(step, state, dtype)
+    assert isinstance(step, Call)
+    return _call(step, state, dtype)
+
+
+def known_slope(activation: Activation | None, state: ModelState) -> Activation | None:
+    """The activation with a learnt slope that is one number read from the model."""
+    if activation is None or not isinstance(activation.slope, TensorName):
+        return activation
+    slope = state.lookup(activation.slope)
+    if slope.numel() != 1:
+        return activation
+    return Activation(activation.name, float(slope))
+
+
+def _fused_activation(activation: Activation | None) -> tuple[str, list[float], str] | None:
+    """Attribute, scalars and algorithm by which oneDNN's operators know an activation, if so."""
+    if activation is None:
+        return "none", [], ""
+    if isinstance(activation.slope, TensorName):
+        return None
+    return {
+        "relu": ("relu", [], ""),
+        "relu6": ("hardtanh", [0.0, 6.0], ""),
+        "silu": ("swish", [], ""),
+        "gelu": ("gelu", [], "none"),
+        "gelu_tanh": ("gelu", [], "tanh"),
+        "hardswish": ("hardswish", [], ""),
+        "leaky_relu": ("leaky_relu", [activation.slope], ""),
+    }[activation.name]
+
+
+def _prepacked(
+    step: Convolution, weight: Tensor, sizes: tuple[int, ...] | None
+) -> tuple[Tensor, Any, Any] | None:
+    """Weights in oneDNN's own layout and the operators for it, or None where there are none."""
+    reorder = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
+    unary = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
+    in_place = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
+    if None in (reorder, unary, in_place) or weight.ndim not in _FORMATS or not weight.numel():
+        return None
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return None
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    size = None if sizes is None else list(sizes)
+    packed = reorder(
+        channels_last(weight), step.padding, step.stride, step.dilation, step.groups, size
+    )
+    return packed, unary, in_place
+
+
+def _convolution(
+    step: Convolution,
+    state: ModelState,
+    dtype: torch.dtype,
+    sizes: tuple[int, ...] | None,
+    overwrite_residual: bool,
+) -> tuple[str, TensorStep]:
+    folded = fold(step, state)
+    weight = folded.dense(dtype)
+    bias = None if folded.bias is None else folded.bias.to(dtype)
+    activation = known_slope(step.activation, state)
+    finish = _finish(step, activation, state)
+    fused = _fused_activation(activation)
+    packed = _prepacked(step, weight, sizes)
+    if packed is None:
+        return "torch", _torch_convolution(step, weight.clone(), bias, finish)
+    prepacked, unary, in_place = packed
+    geometry = (list(step.padding), list(step.stride), list(step.dilation), step.groups)
+    if fused is None:
+
+        def run_apart(values: dict[Value, Any]) -> Tensor:
+            return finish(
+                unary(values[step.input], prepacked, bias, *geometry, "none", [], ""), values
+            )
+
+        return "onednn", run_apart
+    attribute, scalars, algorithm = fused
+    if step.residual is None:
+
+        def run(values: dict[Value, Any]) -> Tensor:
+            x = values[step.input]
+            return unary(  # type: ignore[no-any-return]
+                x, prepacked, bias, *geometry, attribute, scalars, algorithm
+            )
+
+        return "onednn", run
+
+    after = None if attribute == "none" else attribute
+
+    def run_binary(values: dict[Value, Any]) -> Tensor:
+        x, residual = values[step.input], channels_last(values[step.residual])  # type: ignore[index]
+        if overwrite_residual:
+            operands = (residual, x, prepacked, bias, *geometry)
+            return in_place.binary(  # type: ignore[no-any-return]
+                *operands, "add", 1.0, after, scalars, algorithm
+            )
+        operands = (x, residual, prepacked, bias, *geometry)
+        return unary.binary(  # type: ignore[no-any-return]
+            *operands, "add", 1.0, after, scalars, algorithm
+        )
+
+    return "onednn", run_binary
+
+
+def _torch_convolution(
+    step: Convolution, weight: Tensor, bias: Tensor | None, finish: _Finish
+) -> TensorStep:
+    convolve = _CONV[weight.ndim - 2]
+
+    def run(values: dict[Value, Any]) -> Tensor:
+        x = values[step.input]
+        y = convolve(x, weight, bias, step.stride, step.padding, step.dilation, step.groups)
+        return finish(y, values)
+
+    return run
+
+
+def _linear(step: Linear, state: ModelState, dtype: torch.dtype) -> tuple[str, TensorStep]:
+    folded = fold(step, state)
+    finish = _finish(step, known_slope(step.activation, state), state)
+    weight = folded.dense(dtype).clone()
+    bias = None if folded.bias is None else folded.bias.to(dtype).clone()
+
+    def run(values: dict[Value, Any]) -> Tensor:
+        y = functional.linear(values[step.input].to(dtype), weight, bias)
+        return finish(y, values)
+
+    return "torch", run
+
+
+def _finish(
+    step: Convolution | Linear, activation: Activation | None, state: ModelState
+) -> _Finish:
+    """Residual and activation by torch."""
+    lookup = {}
+    if activation is not None and isinstance(activation.slope, TensorName):
+        lookup[str(activation.slope)] = state.lookup(activation.slope).clone()
+
+    def finish(y: Tensor, values: dict[Value, Any]) -> Tensor:
+        if step.residual is not None:
+            y = y + values[step.residual]
+        return activate(y, activation, lambda name: lookup[name].to(y.dtype))
+
+    return finish
+
+
+def _copies(step: Step, state: ModelState, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The step's own copies of the tensors that it reads."""
+    copies: dict[str, Tensor] = {}
+    for name in step.tensors():
+        tensor = state.lookup(name)
+        copies[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).clone()
+    return copies
+
+
+def _affine(step: Affine, state: ModelState, dtype: torch.dtype) -> tuple[str, TensorStep]:
+    scale, shift = (t.to(dtype) for t in norm_scale_shift(step.norm, state))
+    activation = known_slope(step.activation, state)
+    copies = _copies(step, state, dtype)
+
+    def run(values: dict[Value, Any]) -> Tensor:
+        x = values[step.input]
+        shape = (-1, *(1,) * (x.ndim - 2))
+        y = torch.addcmul(shift.view(shape), x, scale.view(shape))
+        if step.activation is not None and step.activation.name == "relu":
+            return y.relu_()
+        return activate(y, activation, lambda name: copies[name])
+
+    return "torch", run
+
+
+def _call(step: Call, state: ModelState, dtype: torch.dtype) -> tuple[str, TensorStep]:
+    tensors = _copies(step, state, dtype)
+
+    def run(values: dict[Value, Any]) -> Any:
+        def resolve(leaf: Any) -> Any:
+            if isinstance(leaf, Value):
+                return values[leaf]
+            return tensors[leaf] if isinstance(leaf, TensorName) else leaf
+
+        return step.target(*map_leaves(step.args, resolve), **map_leaves(step.kwargs, resolve))
+
+    return "torch", run

@@ -1,0 +1,132 @@
+"""Timing of kernels for the planner, remembered on disk.
+
+A time belongs to a processor, an instruction set, a number of threads, the versions of torch and
+fastpie, and a key that describes the work. The file is ``plans.json`` in the folder that
+FASTPIE_CACHE_DIR names, by default ``fastpie`` under XDG_CACHE_HOME or ``~/.cache``. A file that
+cannot be read or written costs time and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable, Hashable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastpie import _C
+from fastpie._files import write_atomically
+
+__all__ = ["Tuner", "cache_file"]
+
+_FORMAT = 1  # raised when times of an earlier version no longer mean the same
+_REPEATS = 3
+_SECONDS = 0.02  # of repeats of one kernel, unless it takes longer
+
+
+def cache_file() -> Path:
+    """Where times are kept."""
+    folder = os.environ.get("FASTPIE_CACHE_DIR")
+    if folder:
+        return Path(folder) / "plans.json"
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "fastpie" / "plans.json"
+
+
+@functools.cache
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    lines = dict(
+        re.findall(r"^(vendor_id|cpu family|model|model name|stepping)\s*:\s*(.+)$", text, re.M)
+    )
+    return " ".join(lines.values()) or platform.machine()
+
+
+class Tuner:
+    """Measures each piece of work once, here or in an earlier process.
+
+    Attributes:
+        measured: pieces of work timed by this object, those from the file left out.
+    """
+
+    def __init__(self) -> None:
+        """Read the file of this machine's times."""
+        self.measured = 0
+        self._scope = " | ".join(
+            (
+                _processor(),
+                _C.cpu_capability(),
+                f"{torch.get_num_threads()} threads",
+                f"torch {torch.__version__}",
+                f"fastpie {metadata.version('fastpie')} {_FORMAT}",
+            )
+        )
+        self._known: dict[str, Any] = _read().get(self._scope, {})
+        self._new: dict[str, Any] = {}
+
+    def seconds(self, key: Hashable, work: Callable[[], Callable[[], Any]]) -> float:
+        """Seconds of a piece of work.
+
+        Args:
+            key: describes the work: kernel, shape, density, precision.
+            work: prepares it, only if it must be timed, and returns what to time.
+        """
+        name = repr(key)
+        if name not in self._known:
+            self._known[name] = self._new[name] = _time(work())
+            self.measured += 1
+        return float(self._known[name])
+
+    def save(self) -> None:
+        """Add the new times to the file."""
+        if not self._new:
+            return
+        path = cache_file()
+        with _saving:
+            content = _read()
+            content.setdefault(self._scope, {}).update(self._new)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(path, json.dumps(content, indent=0).encode())
+            except OSError:
+                return
+        self._new = {}
+
+
+_saving = threading.Lock()
+
+
+def _read() -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads(cache_file().read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        return {}
+    return content
+
+
+def _time(call: Callable[[], Any]) -> float:
+    """The least of a few repeats: noise only adds."""
+    call()
+    best = float("inf")
+    begin = time.perf_counter()
+    for repeat in range(1000):
+        start = time.perf_counter()
+        call()
+        end = time.perf_counter()
+        best = min(best, end - start)
+        if repeat + 1 >= _REPEATS and end - begin > _SECONDS:
+            break
+    return best
