@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv in this folder, torch pinned by constraints.txt.
-.PHONY: install demo test bench bench-report lint format gpu-check clean
+.PHONY: install demo test bench bench-peers peers bench-report lint format gpu-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -39,6 +39,32 @@ test: install
 bench: install
 	$(BIN)/python -m benchmarks.bench_disagreement
 	$(BIN)/python -m benchmarks.bench_demo
+	$(BIN)/python -m pytest benchmarks/test_operations.py --short --benchmark-max-time=0.3 \
+	  --benchmark-columns=min,median,rounds
+
+# The goals table of the CPU engine against everybody else; for hours, alone on the machine.
+# Parts of it: python -m benchmarks.bench_dual --help
+bench-peers: peers
+	FASTPIE_PEERS=$(PEERS) $(BIN)/python -m benchmarks.bench_dual --networks resnet50 densenet121 \
+	  --batches 1 8 16 32
+	FASTPIE_PEERS=$(PEERS) $(BIN)/python -m benchmarks.bench_dual --precision bf16 --batches 1 8 16 32
+	$(BIN)/python -m benchmarks.bench_dual --ladder --peers fastpie compile eager
+
+# Two environments of their own: the extra `peers` over the packages of .venv, and DeepSparse, whose
+# last release wants Python 3.11 and an older numpy.
+PEERS := $(or $(FASTPIE_PEERS),/tmp/fastpie-peers)
+peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: pyproject.toml | install
+	$(PYTHON) -m venv $(PEERS)/onnx
+	$(PEERS)/onnx/bin/python -m pip --disable-pip-version-check install --quiet \
+	  $$($(BIN)/python -c "from importlib import metadata as m; print(*(r.split(';')[0].replace(' ', '') for r in m.requires('fastpie') if 'peers' in r))")
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	  > $$($(PEERS)/onnx/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/fastpie.pth
+	python3.11 -m venv $(PEERS)/deepsparse
+	$(PEERS)/deepsparse/bin/python -m pip --disable-pip-version-check install --quiet \
+	  --only-binary :all: deepsparse==1.8.0
+	touch $@
 
 bench-report: install
 	$(BIN)/python -m benchmarks.report

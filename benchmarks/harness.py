@@ -9,57 +9,19 @@ import platform
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fastpie import _C
+from fastpie.bench import interleave
 
-__all__ = ["interleave", "machine_info", "row", "versions", "write_results"]
+__all__ = ["interleave", "machine_info", "merge_results", "row", "versions", "write_results"]
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def interleave(
-    providers: dict[str, Callable[[], Any]],
-    *,
-    repeats: int = 15,
-    seconds: float = 10.0,
-    warm_up: int = 2,
-) -> dict[str, dict[str, float]]:
-    """Time each provider `repeats` times in turn, so that a noisy moment hits all alike.
-
-    Args:
-        providers: by name, what to call.
-        repeats: rounds.
-        seconds: stop after this long once five rounds are done.
-        warm_up: rounds that do not count.
-
-    Returns:
-        For each provider p20, p50 and p80 in seconds and the number of repeats.
-    """
-    times: dict[str, list[float]] = {name: [] for name in providers}
-    begin = time.perf_counter()
-    for round_ in range(warm_up + repeats):
-        if round_ >= warm_up + 5 and time.perf_counter() - begin > seconds:
-            break
-        for name, call in providers.items():
-            start = time.perf_counter()
-            call()
-            if round_ >= warm_up:
-                times[name].append(time.perf_counter() - start)
-    return {
-        name: {
-            **{f"p{q}": float(np.percentile(values, q)) for q in (20, 50, 80)},
-            "repeats": len(values),
-        }
-        for name, values in times.items()
-    }
 
 
 def row(
@@ -109,25 +71,78 @@ def write_results(
     folder: Path | None = None,
 ) -> Path:
     """Write `<what>-<machine>.json` and say where."""
+    path = _path(what, folder)
+    _write(path, {"what": what, "machine": machine_info(), **_run(packages), "rows": list(rows)})
+    return path
+
+
+def merge_results(
+    what: str,
+    rows: Sequence[dict[str, Any]],
+    same: Callable[[dict[str, Any]], Any],
+    *,
+    packages: Sequence[str] = (),
+    folder: Path | None = None,
+) -> Path:
+    """Add rows to `<what>-<machine>.json`, each in place of an older one of the same case.
+
+    The rows of a file so filled come from several runs: `runs` holds versions, commit, command and
+    date of each, and a row's `run` is its place in that list. The file's own head is the last run.
+
+    Args:
+        what: is measured.
+        rows: of this run.
+        same: of a row, equal for rows of which one replaces the other.
+        packages: whose versions to note.
+        folder: by default $OUT, else the committed results.
+
+    Returns:
+        The file.
+    """
+    path = _path(what, folder)
+    old = json.loads(path.read_text()) if path.exists() else {"rows": [], "runs": []}
+    this = _run(packages)
+    new = {json.dumps(same(row)) for row in rows}
+    merged = [
+        ({**row, "run": None}, old["runs"][row["run"]])
+        for row in old["rows"]
+        if json.dumps(same(row)) not in new
+    ] + [({**row, "run": None}, this) for row in rows]
+    runs: list[dict[str, Any]] = []
+    for row, run in merged:
+        if run not in runs:
+            runs.append(run)
+        row["run"] = runs.index(run)
+    head = {"what": what, "machine": machine_info(), **this}
+    _write(path, {**head, "runs": runs, "rows": [row for row, _ in merged]})
+    return path
+
+
+def _path(what: str, folder: Path | None) -> Path:
     machine = machine_info()
     label = machine["gpu"] or f"{machine['cpu']}-{machine['cores']}core-{machine['isa']}"
     slug = re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
     out = folder or Path(os.environ.get("OUT") or RESULTS)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{what}-{slug}.json"
-    content = {
-        "what": what,
-        "machine": machine,
+    return out / f"{what}-{slug}.json"
+
+
+def _run(packages: Sequence[str]) -> dict[str, Any]:
+    return {
         "versions": versions(*packages),
         "commit": _commit(),
         "command": " ".join(
             ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
         ),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-        "rows": list(rows),
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return path
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """At once: an interrupted write leaves the old file."""
+    new = path.with_suffix(".tmp")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(path)
 
 
 def _cpu_name() -> str:

@@ -1,4 +1,8 @@
-"""`make bench-report`: README's table and docs/benchmarks.svg from the committed results."""
+"""`make bench-report`: README's tables and the plots in docs/ from the committed results.
+
+A block of the README lies between `<!-- NAME:begin -->` and `<!-- NAME:end -->`: `benchmarks` (what
+is fast by itself), `benchmarks:dual` (whole networks), `demo`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,10 @@ def load() -> list[dict[str, Any]]:
     rows = []
     for path in sorted(RESULTS.glob("*.json")):
         content = json.loads(path.read_text())
-        rows += [{**row, "file": path.name, "head": content} for row in content["rows"]]
+        runs = content.get("runs")  # of a file that several runs filled
+        for row in content["rows"]:
+            head = {**content, **runs[row["run"]]} if runs else content
+            rows.append({**row, "file": path.name, "head": head})
     return rows
 
 
@@ -43,6 +50,163 @@ def demo_table(row: dict[str, Any]) -> str:
         + _source(row),
     ]
     return "\n".join(lines)
+
+
+# What a dual forward is put against in the README, by the names of bench_dual, and as a column. The
+# baseline of all levels of a ladder ("11 torch.compile passes") is looked up as "two".
+DUAL_COLUMNS = {
+    ("fastpie-dual", "two torch.compile passes"): "two torch.compile passes",
+    ("fastpie-dual", "one eager channels_last pass"): "one eager pass",
+    ("fastpie-dual", "two OpenVINO passes"): "two OpenVINO passes",
+    ("fastpie-dual", "two ONNX Runtime passes"): "two ONNX Runtime passes",
+    ("fastpie-dual", "two DeepSparse passes, not scored"): "two DeepSparse passes",
+    ("fastpie-pruned", "one DeepSparse pruned pass"): "pruned alone: DeepSparse",
+}
+_READING = (
+    "A column says how many times faster the dual forward is (above 1: faster), scoring included but "
+    "for DeepSparse's two passes; the last one is about the pruned model's pass alone. On a ladder "
+    'the "two" passes are one for each model.'
+)
+_CASE = ("network", "precision", "kind", "scope", "batch", "size", "sparsity")
+
+
+def dual_cases(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The comparisons of the dual forward, case by case, in a stable order."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if "ratio" in row:
+            cases.setdefault(json.dumps([row["file"], *(row[key] for key in _CASE)]), []).append(
+                row
+            )
+    return sorted(cases.values(), key=lambda case: _order(case[0]))
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    levels = row["sparsity"] if isinstance(row["sparsity"], list) else [row["sparsity"]]
+    return (
+        row["file"], row["network"], row["precision"] != "fp32", row["kind"] != "magnitude",
+        row["scope"] != "layer", len(levels), levels, row["size"], row["batch"],
+    )  # fmt: skip
+
+
+def dual_ratio(case: list[dict[str, Any]], provider: str, baseline: str) -> float | None:
+    """How many times faster `provider` was than `baseline` in a case, if that was measured."""
+    for row in case:
+        if (row["provider"], row["baseline"]) in (
+            (provider, baseline),
+            (provider, baseline.replace("two", f"{_models(row)}", 1)),
+        ):
+            return float(row["ratio"])
+    return None
+
+
+def dual_table(rows: list[dict[str, Any]]) -> str:
+    """One line a case: the time of the dual forward, and its speed over each baseline."""
+    cases = dual_cases(rows)
+    columns = {
+        pair: title
+        for pair, title in DUAL_COLUMNS.items()
+        if any(dual_ratio(case, *pair) is not None for case in cases)
+    }
+    lines = [
+        f"| network | sparsity | batch | dual forward | {' | '.join(columns.values())} |",
+        "|---" * (4 + len(columns)) + "|",
+    ]
+    for case in cases:
+        ours = next((r for r in case if r["provider"] == "fastpie-dual"), None)
+        if ours is None:
+            continue
+        ratios = [dual_ratio(case, *pair) for pair in columns]
+        shown = [
+            "" if r is None else f"**{r:.2f}x**" if n == 0 else f"{r:.2f}x"
+            for n, r in enumerate(ratios)
+        ]
+        lines.append(
+            f"| {_dual_name(ours)} | {_sparsity(ours)} | {ours['batch']} "
+            f"| {_time(ours['seconds']['p50'])} | {' | '.join(shown)} |"
+        )
+    lines += ["", _READING]
+    for source in sorted({_source(row) for case in cases for row in case}):
+        lines += ["", source]
+    return "\n".join(lines)
+
+
+def _models(row: dict[str, Any]) -> int:
+    return 1 + (len(row["sparsity"]) if isinstance(row["sparsity"], list) else 1)
+
+
+def _dual_name(row: dict[str, Any]) -> str:
+    marks = [row["precision"]]
+    if row["kind"] != "magnitude":
+        marks.append(row["kind"])
+    if row["scope"] != "layer":
+        marks.append(row["scope"])
+    return f"{row['network']}, {', '.join(marks)}"
+
+
+def _sparsity(row: dict[str, Any]) -> str:
+    levels = row["sparsity"]
+    if isinstance(levels, list):
+        return f"{len(levels)} levels, {levels[0]:g} to {levels[-1]:g}"
+    return f"{levels:g}"
+
+
+def plot_dual(rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the time per image of every provider that runs both models.
+
+    One panel for each network and precision: layer-wise magnitude masks at .9, or the sparsity
+    nearest to it, and batch 16, or the largest measured.
+    """
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for case in dual_cases(rows):
+        row = case[0]
+        plain = row["kind"] == "magnitude" and row["scope"] == "layer"
+        if isinstance(row["sparsity"], list) or not plain:
+            continue
+        key = (row["network"], row["precision"])
+        if key not in panels or _interest(row) > _interest(panels[key][0]):
+            panels[key] = case
+    if not panels:
+        return
+    # Squeezed side by side the names of the providers would not fit: one below the other.
+    heights = [1.2 + len(_times(case)) for case in panels.values()]
+    figure = Figure(figsize=(9, 0.24 * sum(heights) + 0.5), layout="constrained")
+    grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
+    for axes, case in zip(grid, panels.values(), strict=True):
+        times = _times(case)
+        names = sorted(times, key=lambda name: times[name])
+        colors = ["#d55e00" if name == "fastpie-dual" else "#0072b2" for name in names]
+        bars = axes.barh(range(len(names)), [times[n] for n in names], color=colors, height=0.7)
+        axes.bar_label(bars, [f"{times[name]:.3g}" for name in names], padding=4, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.spines[["top", "right"]].set_visible(False)
+        row = case[0]
+        axes.set_title(
+            f"{_dual_name(row)}, {_sparsity(row)} removed, batch {row['batch']}",
+            fontsize=9,
+            loc="left",
+        )
+    grid[-1].set_xlabel("milliseconds an image: both models, but where it says one")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _interest(row: dict[str, Any]) -> tuple[float, bool, int]:
+    return (-abs(row["sparsity"] - 0.9), row["batch"] == 16, row["batch"])
+
+
+def _times(case: list[dict[str, Any]]) -> dict[str, float]:
+    """Milliseconds an image of each provider that runs both models, and of one eager pass."""
+    times = {}
+    for row in case:
+        if row["provider"] == "fastpie-dual":
+            for name, seconds in (
+                ("fastpie-dual", row["seconds"]),
+                (row["baseline"], row["baseline_seconds"]),
+            ):
+                times[name] = 1e3 * seconds["p50"] / row["batch"]
+    return times
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -100,10 +264,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Rewrite what is between the markers of the README, and the plot."""
+    """Rewrite what is between the markers of the README, and the plots."""
     rows = load()
-    speed = [row for row in rows if "ratio" in row]
+    dual = [row for row in rows if row["head"]["what"] == "dual-forward"]
+    speed = [row for row in rows if "ratio" in row and row not in dual]
     blocks = {"benchmarks": table(speed)}
+    if dual:
+        blocks["benchmarks:dual"] = dual_table(dual)
+        plot_dual(dual, ROOT / "docs" / "dual.svg")
     for row in rows:
         if row["head"]["what"] == "demo":
             blocks["demo"] = demo_table(row)
@@ -111,6 +279,8 @@ def main() -> None:
     text = readme.read_text()
     for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in text:
+            print(f"README.md has no block {name}")
         text = re.sub(
             f"{begin}.*{end}", lambda _, b=f"{begin}\n{block}\n{end}": b, text, flags=re.DOTALL
         )

@@ -4,7 +4,7 @@ import importlib
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from fastpie import ops
+from fastpie import nn, ops
 from fastpie.dual import DualEngine, DualModel, DualOutput
 from fastpie.errors import FastpieError
 from fastpie.pruning import Masks, prune
@@ -23,6 +23,7 @@ __all__ = [
     "MiningResult",
     "disagreement",
     "mine",
+    "nn",
     "ops",
     "pie",
     "prune",

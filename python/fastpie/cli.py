@@ -1,4 +1,4 @@
-"""The command line: `fastpie prune | mine | report | demo | doctor`.
+"""The command line: `fastpie prune | mine | report | bench | demo | doctor`.
 
 stdout is data, stderr progress and messages. Exit codes: 0 done, 1 failed, 2 bad usage.
 """
@@ -259,6 +259,67 @@ def report(
 
 
 @app.command()
+def bench(
+    model: _Model,
+    weights: _Weights = None,
+    model_args: _ModelArgs = "{}",
+    size: Annotated[
+        str, typer.Option(help="Of an input: 224, 224,256 or, a volume, 96,96,96.")
+    ] = "224",
+    channels: Annotated[int, typer.Option(min=1, help="Of an input.")] = 3,
+    sparsity: Annotated[float, typer.Option(help="Fraction removed, by magnitude.")] = 0.9,
+    scope: Scope = Scope.everywhere,
+    batch: Annotated[int, typer.Option(min=1, help="Images in a pass.")] = 16,
+    precision: Precision = Precision.fp32,
+    compile_: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Measure torch.compile too (minutes).")
+    ] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds at most.")] = 15,
+    seconds: Annotated[
+        float, typer.Option(help="Begin no round after this long, once there are five.")
+    ] = 60.0,
+    layers: Annotated[int, typer.Option(min=0, help="Slowest layers to show.")] = 10,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the rates as bars: .svg, .png or .pdf.")
+    ] = None,
+    unpickle: _Unpickle = False,
+    as_json: _Json = False,
+) -> None:
+    """Time the engine on your model, on noise, against two passes in PyTorch."""
+    from fastpie.bench import plot_bench, run_bench
+    from fastpie.report._extra import load_extra
+
+    if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
+        raise typer.BadParameter(
+            f"expected .svg, .png or .pdf, but got {plot}", param_hint="--plot"
+        )
+    if plot is not None:  # before the minutes of measuring
+        load_extra("matplotlib.figure")
+        if not plot.parent.is_dir():
+            raise FastpieError(f"Expected to write {plot}, but {plot.parent} is no folder.")
+    sides = _size(size, most=3)
+    result = run_bench(
+        _load_model(model, model_args, weights, unpickle),
+        [channels, *(sides * 2 if len(sides) == 1 else sides)],
+        sparsity=sparsity,
+        scope=scope.value,
+        batch=batch,
+        precision=precision.value,
+        compile=compile_,
+        repeats=repeats,
+        seconds=seconds,
+        say=lambda message: _messages.print(message, markup=False),
+    )
+    if plot is not None:
+        plot_bench(result)[0].savefig(plot)
+        _messages.print(f"plot: {plot}", markup=False)
+    if as_json:
+        _print_json(result)
+        return
+    _print_bench(result, layers)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo makes.")] = Path(
         "demo-run"
@@ -435,11 +496,11 @@ def _numbers(option: str, text: str) -> list[float]:
         ) from error
 
 
-def _size(text: str) -> list[int]:
+def _size(text: str, most: int = 2) -> list[int]:
     values = _numbers("--size", text)
-    if len(values) > 2 or not all(v.is_integer() and v > 0 for v in values):
+    if len(values) > most or not all(v.is_integer() and v > 0 for v in values):
         raise typer.BadParameter(
-            f"expected one or two whole numbers above 0, but got {text!r}", param_hint="--size"
+            f"expected at most {most} whole numbers above 0, but got {text!r}", param_hint="--size"
         )
     return [int(v) for v in values]
 
@@ -499,6 +560,42 @@ def _print_result(result: MiningResult, report: Path | None, as_json: bool) -> N
         typer.echo(sample_id)
     if report is not None:
         _messages.print(f"report: {report}", markup=False)
+
+
+def _print_bench(result: dict[str, Any], layers: int) -> None:
+    console = Console(highlight=False)
+    side = "x".join(map(str, result["size"]))
+    table = Table(
+        "dense and pruned model, scored", "seconds", "images/s", "engine is faster by",
+        title=f"{result['model']}, {result['batch']} x {side}, {result['precision']}, "
+        f"{result['sparsity']:g} removed ({result['scope']}), {result['threads']} threads",
+    )  # fmt: skip
+    for row in result["rows"]:
+        seconds = row["seconds"]["p50"]
+        table.add_row(
+            row["provider"],
+            f"{seconds:.4g}",
+            f"{row['images_per_second']:.4g}",
+            f"{row['ratio']:.2f}x",
+        )
+    for provider, reason in result["failed"].items():
+        table.add_row(provider, "failed", "", reason)
+    console.print(table)
+    shown = result["layers"][:layers]
+    if not shown:
+        return
+    total = sum(row["seconds"] for row in result["layers"])
+    table = Table(
+        "layer", "kernel", "ms", "share", "chosen over",
+        title=f"Slowest {len(shown)} of {len(result['layers'])} layers",
+    )  # fmt: skip
+    for row in shown:
+        share = row["seconds"] / total if total else 0.0
+        over = row["over"] if isinstance(row["over"], str) else ", ".join(map(str, row["over"]))
+        table.add_row(
+            row["layer"], row["kernel"], f"{row['seconds'] * 1e3:.3f}", f"{share:.1%}", over
+        )
+    console.print(table)
 
 
 def _print_json(data: Any) -> None:

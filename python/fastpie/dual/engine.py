@@ -1,22 +1,25 @@
-"""`DualEngine`: a frozen dual forward.
+"""`DualEngine`: a frozen dual forward, one pass over the input.
 
-This version has one backend, "reference": the two passes of DualModel over a snapshot of the
-weights. The fast backends take its place behind the same interface.
+Backends: "cpu" lowers the captured program (fastpie.dual.lowered); "reference" is the two passes of
+DualModel, for what cannot be lowered.
 """
 
 from __future__ import annotations
 
 import copy
-import time
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastpie.dual.capture import CaptureError, capture
 from fastpie.dual.inputs import as_arguments, batch_size, random_state
+from fastpie.dual.lowered import Lowered
 from fastpie.dual.output import DualOutput, Features
+from fastpie.dual.reference import Reference, device_of
 from fastpie.errors import FastpieError
 from fastpie.pruning.masks import Masks
 
@@ -25,61 +28,108 @@ if TYPE_CHECKING:
 
 __all__ = ["DualEngine"]
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", "cpu")
 PRECISIONS = ("fp32", "bf16")
 
 # Largest deviation from DualModel that is handed out, relative to the largest output. bf16 keeps
 # eight bits of each product; 0.1 lets a deep network pass and a wrong weight not.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 
+# Images on which a refreshed engine is held to DualModel: enough to see wrong weights.
+_CHECKED_ON_REFRESH = 2
+
 
 class DualEngine:
     """Both models on inputs of one kind, eval mode, from a snapshot of weights and masks.
 
-    Made by `DualModel.compile`. Outputs are fresh tensors without gradient. Any batch up to the
-    compiled one is taken; later changes of the model do not show until `refresh`.
+    Made by `DualModel.compile`. Outputs are fresh tensors without gradient, fp32 where the model's
+    are. Any batch up to the compiled one is taken; later changes of the model do not show until
+    `refresh`. Calls from several threads at once are safe.
 
     Attributes:
-        backend: "reference".
+        backend: "cpu" or "reference": what runs.
         precision: "fp32" or "bf16".
         batch: the largest batch size, that of the example.
     """
 
     def __init__(
-        self, dual: DualModel, x: Any, *, precision: str = "fp32", backend: str = "auto"
+        self,
+        dual: DualModel,
+        x: Any,
+        *,
+        precision: str = "fp32",
+        backend: str = "auto",
+        plan: Mapping[str, Any] | None = None,
     ) -> None:
         """See `DualModel.compile`."""
         if backend not in BACKENDS:
             raise FastpieError(
-                f"Expected `backend` to be one of {BACKENDS} (the others come with the compiled "
-                f"engines), but got {backend!r}."
+                f"Expected `backend` to be one of {BACKENDS} (the others come with the GPU "
+                f"engine), but got {backend!r}."
             )
         if precision not in PRECISIONS:
             raise FastpieError(
                 f"Expected `precision` to be one of {PRECISIONS}, but got {precision!r}."
             )
-        self.backend = "reference"
+        if plan is not None:
+            backend = plan.get("backend", backend)
         self.precision = precision
         self._source = dual
         self._example = as_arguments(x)
         self.batch = batch_size(self._example)
-        self.refresh()
+        self._program: Reference | Lowered
+        self._program = self._lowered(backend, plan) or Reference(dual, precision)
+        self.backend = "cpu" if isinstance(self._program, Lowered) else "reference"
+        self._check(self._program, _frozen(dual), self._example)
+
+    def _lowered(self, backend: str, plan: Mapping[str, Any] | None) -> Lowered | None:
+        """The lowered program, or None, with a warning, where DualModel must run instead."""
+        device = device_of(self._example)
+        if backend == "cpu" and device.type != "cpu":
+            raise FastpieError(
+                f"Expected an example on the CPU for backend 'cpu', but it is on {device}."
+            )
+        if backend == "reference" or device.type != "cpu":
+            return None
+        other = _other_dtype(self._source, self._example)
+        if other is not None:
+            reason = f"it computes in {other}, and the kernels in fp32 and bf16"
+        else:
+            try:
+                program = capture(
+                    self._source.model,
+                    self._example,
+                    feature_module=self._source.feature_module,
+                )
+                with torch.no_grad():
+                    return Lowered(self._source, program, self.batch, self.precision, plan)
+            except CaptureError as error:
+                reason = str(error)
+        if backend == "cpu" or plan is None:
+            warnings.warn(
+                f"{type(self._source.model).__name__} runs as DualModel, two plain passes: {reason}",
+                stacklevel=4,
+            )
+        return None
 
     def refresh(self, masks: Masks | None = None) -> None:
         """Take a new snapshot of the weights and statistics, with `masks` or else the model's.
 
-        The DualModel is not changed; the old snapshot stays in force if this raises.
+        Nothing is captured again, and no kernel timed again unless a layer that had none is masked
+        now. The DualModel is not changed; the old snapshot stays in force if this raises.
 
         Raises:
             FastpieError: if the masks are another model's or have other levels, or the new
-                snapshot does not give what the model gives on the example.
+                snapshot does not give what the model gives on two images of the example.
         """
-        dual = copy.deepcopy(self._source).eval().requires_grad_(False)
+        dual = _frozen(self._source)
         if masks is not None:
             dual.masks = masks
-        states = [dual.pruned_state(i) for i in range(len(dual.sparsities))]
-        self._check(dual, states)
-        self._dual, self._states = dual, states
+        with torch.no_grad():
+            program = self._program.refreshed(dual)
+        images = min(self.batch, _CHECKED_ON_REFRESH)
+        self._check(program, dual, _first_images(self._example, self.batch, images))
+        self._program = program
 
     def __call__(self, *args: Any) -> DualOutput:
         """Both models on a batch of at most the compiled size.
@@ -91,7 +141,7 @@ class DualEngine:
             DualOutput, as the DualModel gives it in eval mode.
 
         Raises:
-            FastpieError: for a larger batch, or another number of inputs.
+            FastpieError: for a larger batch, or inputs of another kind.
         """
         if len(args) != len(self._example):
             raise FastpieError(
@@ -102,63 +152,49 @@ class DualEngine:
                 f"Expected a batch of at most {self.batch}, the compiled size, but got "
                 f"{batch_size(args)}."
             )
-        return self._run(self._dual, self._states, args)[0]
+        return self._run(self._program, args)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What was chosen by timing, for `DualModel.compile(plan=...)`: JSON.
+
+        Two engines with one plan, of the same versions and number of threads on the same kind of
+        processor, give the same bits.
+        """
+        if isinstance(self._program, Lowered):
+            return {"backend": "cpu", **self._program.plan()}
+        return {"backend": "reference"}
 
     def report(self) -> list[dict[str, Any]]:
         """What runs and how long it takes, measured now on the example.
 
         Returns:
-            One row for each pass: layer, kernel chosen, seconds, and what it was chosen over.
+            One row for each kernel call: `model` ("dense", "pruned at 0.9"), `layer`, `kernel`,
+            `seconds` for the whole batch, and `over`, the kernels that it was chosen over with
+            their seconds. The reference backend has one row for each pass.
         """
-        self._run(self._dual, self._states, self._example)  # warm up
-        seconds = self._run(self._dual, self._states, self._example, timed=True)[1]
-        names = ["dense"] + [f"pruned at {s:g}" for s in self._dual.sparsities]
-        return [
-            {"layer": f"{name}: whole model", "kernel": "torch", "seconds": t, "over": []}
-            for name, t in zip(names, seconds, strict=True)
-        ]
+        names = ["dense"] + [f"pruned at {s:g}" for s in self._source.sparsities]
+        with torch.no_grad():
+            return self._program.report(self._example, names)
 
-    def _run(
-        self,
-        dual: DualModel,
-        states: list[dict[str, Tensor]],
-        args: tuple[Any, ...],
-        *,
-        timed: bool = False,
-    ) -> tuple[DualOutput, list[float]]:
-        """The outputs, and with `timed` the seconds of each pass."""
-        outputs: list[Any] = []
-        seconds = []
-        restore = random_state(args)
-        with torch.no_grad(), self._autocast(args), dual.watch_features() as seen:
-            for state in [None, *states]:
-                restore()
-                if timed:
-                    _wait_for_device(args)
-                start = time.perf_counter()
-                if state is None:
-                    outputs.append(dual.model(*args))
-                else:
-                    outputs.append(dual.run_pruned(state, args))
-                if timed:
-                    _wait_for_device(args)
-                seconds.append(time.perf_counter() - start)
-        features = None if seen is None else Features(seen[0], dual.stack_levels(seen[1:]))
-        return DualOutput(outputs[0], dual.stack_levels(outputs[1:]), features), seconds
+    def _run(self, program: Reference | Lowered, args: tuple[Any, ...]) -> DualOutput:
+        with torch.no_grad(), torch.autocast(device_of(args).type, enabled=False):
+            results = program.run(args)
+        stack = self._source.stack_levels
+        features = None
+        if self._source.feature_module is not None:
+            features = Features(results[0][1], stack([feature for _, feature in results[1:]]))
+        return DualOutput(results[0][0], stack([output for output, _ in results[1:]]), features)
 
-    def _autocast(self, args: Any) -> AbstractContextManager[Any]:
-        """bf16 where the engine is; fp32 also inside an autocast of the caller."""
-        device = next(t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor))
-        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-    def _check(self, dual: DualModel, states: list[dict[str, Tensor]]) -> None:
-        """Hold the engine to DualModel on the example."""
-        restore = random_state(self._example)
-        device = next(t.device for t in pytree.tree_leaves(self._example) if isinstance(t, Tensor))
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            expected = dual(*self._example)
+    def _check(
+        self, program: Reference | Lowered, dual: DualModel, example: tuple[Any, ...]
+    ) -> None:
+        """Hold the engine to DualModel."""
+        restore = random_state(example)
+        with torch.no_grad(), torch.autocast(device_of(example).type, enabled=False):
+            expected = dual(*example)
         restore()
-        got = self._run(dual, states, self._example)[0]
+        got = self._run(program, example)
         tolerance = _TOLERANCE[self.precision]
         for want, have in zip(pytree.tree_leaves(expected), pytree.tree_leaves(got), strict=True):
             if not isinstance(want, Tensor) or not want.is_floating_point() or not want.numel():
@@ -178,7 +214,22 @@ class DualEngine:
                 )
 
 
-def _wait_for_device(args: tuple[Any, ...]) -> None:
-    for device in {t.device for t in pytree.tree_leaves(args) if isinstance(t, Tensor)}:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+def _frozen(dual: DualModel) -> DualModel:
+    return copy.deepcopy(dual).eval().requires_grad_(False)
+
+
+def _other_dtype(dual: DualModel, example: tuple[Any, ...]) -> torch.dtype | None:
+    """A floating dtype other than fp32 among the model's tensors and the inputs, if any."""
+    tensors = [*dual.model.parameters(), *dual.model.buffers(), *pytree.tree_leaves(example)]
+    dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    others = (d for d in dtypes if d.is_floating_point or d.is_complex)
+    return next((d for d in others if d != torch.float32), None)
+
+
+def _first_images(args: tuple[Any, ...], batch: int, images: int) -> tuple[Any, ...]:
+    def cut(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == batch:
+            return leaf[:images]
+        return leaf
+
+    return tuple(pytree.tree_map(cut, args))

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastpie.dual.plan import Choice, Geometries, PassPlan, layers_of, plan_pass
-from fastpie.dual.program import Program, Value
+from fastpie.dual.plan import Choice, Geometries, PassPlan, Segment, layers_of, plan_pass
+from fastpie.dual.program import Program, TensorName, Value
 from fastpie.dual.segment import Code, Workspace, compile_segment
 from fastpie.dual.states import ModelState, owners, states_of
 from fastpie.dual.tuning import Tuner
+from fastpie.errors import FastpieError
 
 if TYPE_CHECKING:
     from fastpie.dual.model import DualModel
@@ -43,15 +45,70 @@ class Lowered:
         passes: one for each model that differs from those before it.
     """
 
-    def __init__(self, dual: DualModel, program: Program, batch: int, precision: str) -> None:
-        """Plan and compile; times come from the tuner's cache or are taken now."""
+    def __init__(
+        self,
+        dual: DualModel,
+        program: Program,
+        batch: int,
+        precision: str,
+        plan: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Plan and compile; times come from the tuner's cache or are taken now.
+
+        Args:
+            dual: the models.
+            program: of `dual.model`.
+            batch: the largest batch.
+            precision: "fp32" or "bf16".
+            plan: of `plan()`, to choose as it did.
+        """
         self.program = program
         self._batch = batch
         self._dtype = _DTYPES[precision]
         self._lock = threading.Lock()
         self._tuner = Tuner()
-        self._prepare(states_of(dual, program))
+        self._prepare(states_of(dual, program), self._known_passes(plan))
         self._tuner.save()
+
+    def plan(self) -> dict[str, Any]:
+        """Form of each step and cut of each pass, by names: JSON."""
+        steps = self.program.steps
+        return {
+            "passes": [
+                {
+                    "model": one.model,
+                    "steps": {
+                        steps[i].name: [c.kernel, c.positions, c.lines, c.blocked]
+                        for i, c in one.plan.choices.items()
+                    },
+                    "segments": [[len(s.steps), s.images] for s in one.plan.segments],
+                }
+                for one in self.passes
+            ]
+        }
+
+    def _known_passes(self, plan: Mapping[str, Any] | None) -> list[_Pass]:
+        if plan is None:
+            return []
+        by_name = {step.name: i for i, step in enumerate(self.program.steps)}
+        passes = []
+        try:
+            for one in plan["passes"]:
+                choices = {
+                    by_name[name]: Choice(positions, kernel, lines=lines, blocked=blocked)
+                    for name, (kernel, positions, lines, blocked) in one["steps"].items()
+                }
+                order = iter(choices)
+                segments = tuple(
+                    Segment(tuple(itertools.islice(order, count)), images)
+                    for count, images in one["segments"]
+                )
+                passes.append(_Pass(one["model"], PassPlan(choices, {}, segments), []))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FastpieError(
+                f"Expected a plan of an engine of this model, but it does not fit: {error!r}."
+            ) from error
+        return passes
 
     def refreshed(self, dual: DualModel) -> Lowered:
         """The same with the present weights and masks of `dual`; kernels are not chosen again.
@@ -63,6 +120,7 @@ class Lowered:
         fresh._lock = threading.Lock()
         fresh._tuner = self._tuner
         fresh._prepare(states_of(dual, self.program), self.passes)
+        fresh._tuner.save()
         return fresh
 
     def _prepare(self, states: list[ModelState], known: Sequence[_Pass] = ()) -> None:
@@ -93,11 +151,8 @@ class Lowered:
             if not own[m]:
                 continue
             plan = plans.get(m)
-            if (
-                plan is None
-                or set(plan.choices) != set(own[m])
-                or not set(plan.layers) <= set(layers[m])
-            ):
+            sparse = {i for i, c in plan.choices.items() if c.positions} if plan else set()
+            if plan is None or set(plan.choices) != set(own[m]) or not sparse <= set(layers[m]):
                 plan = plan_pass(
                     program,
                     state,
@@ -109,7 +164,7 @@ class Lowered:
                     layers=layers[m],
                 )
             else:
-                plan = PassPlan(plan.choices, {i: layers[m][i] for i in plan.layers}, plan.segments)
+                plan = PassPlan(plan.choices, {i: layers[m][i] for i in sparse}, plan.segments)
             self.passes.append(_Pass(m, plan, self._compile(m, plan, state, geometries)))
         self._workspaces: list[list[Workspace]] = []
 
@@ -118,10 +173,11 @@ class Lowered:
     ) -> list[Code]:
         program = self.program
         outside = set(program.outputs())
-        for i, step in enumerate(program.steps):
-            # Read by another model, or by another segment of this one.
-            if i not in plan.choices:
-                outside.update(v for v in step.values() if self._owners[v][model] == model)
+        for step in program.steps:
+            runs = self._owners[step.result]
+            for other, owner in enumerate(runs):
+                if other == owner != model:  # another model runs this step
+                    outside.update(v for v in step.values() if self._owners[v][other] == model)
         codes = []
         for index, segment in enumerate(plan.segments):
             later = {
@@ -146,26 +202,39 @@ class Lowered:
         return codes
 
     def run(
-        self, inputs: Sequence[Tensor], seconds: dict[tuple[int, int], list[float]] | None = None
+        self, args: tuple[Any, ...], seconds: dict[tuple[int, int], list[float]] | None = None
     ) -> list[tuple[Any, Any]]:
         """Output and feature of each model.
 
         Args:
-            inputs: as `Program.flatten` gives them.
+            args: the model's positional arguments.
             seconds: gains the times of the instructions of each (model, segment).
 
         Returns:
             (output, feature) of the dense model and of each level. Tensors are fresh, and fp32
             where the model's are.
+
+        Raises:
+            FastpieError: for inputs of another kind than the example's.
         """
-        batch = inputs[0].shape[0]
+        inputs = self.program.flatten(args)
+        meta = self.program.meta
+        batched = [value for value in self.program.inputs if None in meta[value].shape[:1]]
+        images = next(
+            x.shape[0] for v, x in zip(self.program.inputs, inputs, strict=True) if v in batched
+        )
+        if images == 0:  # run one image and hand out none of it
+            inputs = [
+                x.new_zeros((1, *x.shape[1:])) if v in batched else x
+                for v, x in zip(self.program.inputs, inputs, strict=True)
+            ]
+        values: dict[tuple[Value, int], Any] = {
+            (name, 0): x.detach().to(self._dtype) if x.dtype == torch.float32 else x.detach()
+            for name, x in zip(self.program.inputs, inputs, strict=True)
+        }
         with self._lock:
             workspaces = self._workspaces.pop() if self._workspaces else self._allocate()
         try:
-            values: dict[tuple[Value, int], Any] = {
-                (name, 0): x.detach().to(self._dtype) if x.dtype == torch.float32 else x.detach()
-                for name, x in zip(self.program.inputs, inputs, strict=True)
-            }
             spaces = iter(workspaces)
             for one in self.passes:
                 for index, code in enumerate(one.codes):
@@ -175,12 +244,12 @@ class Lowered:
                         timed = seconds.setdefault(
                             (one.model, index), [0.0] * len(code.instructions)
                         )
-                    results = code.run(taken, batch, next(spaces), timed)
+                    results = code.run(taken, max(images, 1), next(spaces), timed)
                     values.update({(v, one.model): x for v, x in results.items()})
         finally:
             with self._lock:
                 self._workspaces.append(workspaces)
-        return [self._outputs(values, m) for m in range(self._models())]
+        return [self._outputs(values, m, images) for m in range(self._models())]
 
     def _models(self) -> int:
         return len(next(iter(self._owners.values())))
@@ -192,7 +261,9 @@ class Lowered:
             for code in one.codes
         ]
 
-    def _outputs(self, values: dict[tuple[Value, int], Any], model: int) -> tuple[Any, Any]:
+    def _outputs(
+        self, values: dict[tuple[Value, int], Any], model: int, images: int
+    ) -> tuple[Any, Any]:
         """Fresh tensors in the model's own dtype."""
 
         def fresh(value: Value) -> Any:
@@ -200,11 +271,13 @@ class Lowered:
             if not isinstance(x, Tensor):
                 return x
             meta = self.program.meta.get(value)
+            if images == 0 and meta is not None and None in meta.shape[:1]:
+                x = x[:0]
             return x.clone() if meta is None else x.to(meta.dtype, copy=True)
 
         found = {value: fresh(value) for value in self.program.outputs()}
 
-        def lookup(name: str) -> Tensor:
+        def lookup(name: TensorName) -> Tensor:
             return self._constants[name].clone()
 
         output = self.program.output.build(found, lookup)
@@ -213,31 +286,25 @@ class Lowered:
         again = {value: fresh(value) for value in feature.values()} if feature else {}
         return output, feature.build(again, lookup) if feature else None
 
-    def report(self, inputs: Sequence[Tensor], names: Sequence[str]) -> list[dict[str, Any]]:
+    def report(self, args: tuple[Any, ...], names: Sequence[str]) -> list[dict[str, Any]]:
         """Time every instruction on these inputs; see DualEngine.report."""
-        self.run(inputs)
+        self.run(args)
         seconds: dict[tuple[int, int], list[float]] = {}
-        self.run(inputs, seconds)
-        rows = []
-        for one in self.passes:
-            for index, code in enumerate(one.codes):
-                for instruction, spent in zip(
-                    code.instructions, seconds[one.model, index], strict=True
-                ):
-                    choice = Choice(False, "")
-                    if instruction.step is not None:
-                        choice = one.plan.choices[instruction.step]
-                    rows.append(
-                        {
-                            "model": names[one.model],
-                            "layer": instruction.name,
-                            "kernel": instruction.kernel,
-                            "seconds": spent,
-                            "images": code.images or inputs[0].shape[0],
-                            "over": [
-                                {"kernel": kernel, "seconds": each * inputs[0].shape[0]}
-                                for kernel, each in choice.over
-                            ],
-                        }
-                    )
-        return rows
+        self.run(args, seconds)
+        return [
+            {
+                "model": names[one.model],
+                "layer": instruction.name,
+                "kernel": instruction.kernel,
+                "seconds": spent,
+                "images": code.images or self._batch,
+                "over": self._over(one.plan, instruction.step),
+            }
+            for one in self.passes
+            for index, code in enumerate(one.codes)
+            for instruction, spent in zip(code.instructions, seconds[one.model, index], strict=True)
+        ]
+
+    def _over(self, plan: PassPlan, step: int | None) -> list[dict[str, Any]]:
+        others = () if step is None else plan.choices[step].over
+        return [{"kernel": kernel, "seconds": each * self._batch} for kernel, each in others]

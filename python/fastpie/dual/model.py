@@ -238,20 +238,32 @@ class DualModel(nn.Module):
         return self
 
     def compile(  # type: ignore[override]
-        self, x: Any, *, precision: str = "fp32", backend: str = "auto"
+        self,
+        x: Any,
+        *,
+        precision: str = "fp32",
+        backend: str = "auto",
+        plan: Mapping[str, Any] | None = None,
     ) -> DualEngine:
         """Freeze both models into an engine for inputs like `x`.
 
         Args:
             x: an example input; a tuple is spread over the model's positional arguments. Its batch
                 size is the largest that the engine takes.
-            precision: "fp32" or "bf16" (autocast).
-            backend: "auto" or "reference", the only one of this version.
+            precision: "fp32" or "bf16": what is computed in; outputs are fp32 in both.
+            backend: "cpu": captured, lowered and timed, with the sparse kernels; "reference": two
+                plain passes; "auto": "cpu" for an example on the CPU. What cannot be captured runs
+                as "reference", with one warning that names the operator.
+            plan: of another engine (`engine.plan`), to choose kernels as it did instead of by
+                timing.
 
         Returns:
             DualEngine, after its output matched this model's on the example.
+
+        Raises:
+            FastpieError: for an unknown option, or an engine that does not match.
         """
-        return DualEngine(self, x, precision=precision, backend=backend)
+        return DualEngine(self, x, precision=precision, backend=backend, plan=plan)
 
     def levels(self) -> Iterator[tuple[str, Tensor]]:
         """Each masked parameter's name and, for each weight, the first level that keeps it not.

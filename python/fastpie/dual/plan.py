@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 
-from fastpie.dual.position_steps import Layer, Size, layer_of, pack, position_step, unpack
+from fastpie.dual.position_steps import (
+    Layer,
+    Size,
+    as_5d,
+    layer_of,
+    pack,
+    position_step,
+    unpack,
+)
 from fastpie.dual.program import Affine, Call, Convolution, Linear, Program, Step, Value
 from fastpie.dual.states import ModelState
 from fastpie.dual.tensor_steps import channels_last, tensor_step
@@ -321,7 +329,7 @@ class _Costs:
             layer, self._state, positions, lines=lines, blocked=blocked, chunks=chunks
         )
         source = values[step.values()[0]]
-        source = source[(slice(None), slice(None), *(None,) * (5 - source.ndim))]
+        source = as_5d(source)
         apart = None
         input: Any = source
         if layer.kind in ("convolution", "average_pool", "max_pool"):
@@ -420,19 +428,70 @@ def _most_interleaved(
     )
 
 
-_INDEPENDENT = frozenset(
+_INDEPENDENT = {
     f"aten.{name}"
-    for name in """
-    relu relu6 silu gelu hardswish hardsigmoid hardtanh leaky_relu elu celu selu mish softplus
-    sigmoid tanh exp log sqrt rsqrt abs neg pow clamp clamp_min clamp_max square prelu
-    add sub mul div max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d
-    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool2d
-    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d
-    upsample_trilinear3d upsample_bicubic2d conv1d conv2d conv3d conv_transpose1d
-    conv_transpose2d conv_transpose3d constant_pad_nd pixel_shuffle linear layer_norm
-    group_norm instance_norm
-    """.split()
-)
+    for name in (
+        "relu",
+        "relu6",
+        "silu",
+        "gelu",
+        "hardswish",
+        "hardsigmoid",
+        "hardtanh",
+        "leaky_relu",
+        "elu",
+        "celu",
+        "selu",
+        "mish",
+        "softplus",
+        "sigmoid",
+        "tanh",
+        "exp",
+        "log",
+        "sqrt",
+        "rsqrt",
+        "abs",
+        "neg",
+        "pow",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "square",
+        "prelu",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "adaptive_max_pool2d",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "upsample_bilinear2d",
+        "upsample_trilinear3d",
+        "upsample_bicubic2d",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "constant_pad_nd",
+        "pixel_shuffle",
+        "linear",
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+    )
+}
 
 
 def batch_independent(program: Program) -> bool:
@@ -447,11 +506,11 @@ def batch_independent(program: Program) -> bool:
         return meta is not None and len(meta.shape) > 0 and meta.shape[0] is None
 
     for step in program.steps:
+        if not all(batch_first(v) for v in [*step.values(), step.result]):
+            return False
         if isinstance(step, Convolution | Linear | Affine):
             continue
         assert isinstance(step, Call)
-        if not all(batch_first(v) for v in [*step.values(), step.result]):
-            return False
         name = str(step.target).rsplit(".", 1)[0]
         if name in _INDEPENDENT:
             continue

@@ -60,7 +60,7 @@ class Layer:
 
 def as_5d(x: Tensor) -> Tensor:  # [N, C, ...] -> [N, C, D, H, W], a view
     """The same elements with three spatial dimensions."""
-    return x[(slice(None), slice(None), *(None,) * (5 - x.ndim))]
+    return x[(slice(None), slice(None)) + (None,) * (5 - x.ndim)]
 
 
 def same_views(size: Size) -> Views:
@@ -76,15 +76,15 @@ def _known_size(program: Program, value: Any) -> tuple[int, Size] | None:
     if meta.dtype != torch.float32 or any(n is None or n == 0 for n in meta.shape[1:]):
         return None
     _, channels, *rest = meta.shape
-    size = (1,) * (3 - len(rest)) + tuple(int(n or 0) for n in rest)
-    return int(channels or 0), size  # type: ignore[return-value]
+    return int(channels or 0), _three([int(n or 0) for n in rest], len(rest), 1)
 
 
 def _three(values: Any, rank: int, fill: int) -> Size:
     """One number for each of three axes, from a number or `rank` of them."""
-    values = [values] * rank if isinstance(values, int) else list(values)
-    values = values * rank if len(values) == 1 else values
-    return tuple([fill] * (3 - rank) + values)  # type: ignore[return-value]
+    given = [values] if isinstance(values, int) else list(values)
+    given = given * rank if len(given) == 1 else given
+    z, y, x = [fill] * (3 - rank) + given
+    return z, y, x
 
 
 def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
@@ -104,8 +104,8 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
             return None
         stride = _three(step.stride, rank, 1)
         kernel = _three(list(keep.shape[2:]), rank, 1)
-        padding, dilation = _three(step.padding, rank, 0), _three(step.dilation, rank, 1)
-        views = views_of(before[1], kernel, stride, padding, dilation)
+        padding = _three(step.padding, rank, 0)
+        views = views_of(before[1], kernel, stride, padding, _three(step.dilation, rank, 1))
         return _if_halo_fits(Layer("convolution", step, channels, size, before[1], views, stride))
     if isinstance(step, Affine):
         if not _known_activation(known_slope(step.activation, state)):
@@ -124,7 +124,7 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
     kernel, *rest = step.args[1:]
     defaults: list[Any] = [[], 0, 1, False] if pools[name] == "max" else [[], 0, False, True, None]
     stride, padding, *options = [*rest, *defaults[len(rest) :]]
-    dilation = 1
+    dilation: Any = 1
     if pools[name] == "max":
         dilation, ceil = options
         if ceil:
@@ -193,7 +193,7 @@ def position_step(
 
 def _run_packed(layer: Layer, packed: PackedConv, activation: Activation | None) -> PositionStep:
     name = "none" if activation is None else activation.name
-    slope = 0.0 if activation is None else activation.slope
+    slope = 0.0 if activation is None else float(activation.slope)
 
     def run(
         source: Any, apart: Buffer | None, output: Buffer, residual: Buffer | None, images: int

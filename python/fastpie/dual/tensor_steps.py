@@ -110,7 +110,9 @@ def _prepacked(
     reorder = getattr(torch.ops.mkldnn, "_reorder_convolution_weight", None)
     unary = getattr(torch.ops.mkldnn, "_convolution_pointwise", None)
     in_place = getattr(torch.ops.mkldnn, "_convolution_pointwise_", None)
-    if None in (reorder, unary, in_place) or weight.ndim not in _FORMATS or not weight.numel():
+    if reorder is None or unary is None or in_place is None:
+        return None
+    if weight.ndim not in _FORMATS or not weight.numel():
         return None
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return None

@@ -48,7 +48,9 @@ def _processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     lines = dict(
-        re.findall(r"^(vendor_id|cpu family|model|model name|stepping)\s*:\s*(.+)$", text, re.M)
+        re.findall(
+            r"^(vendor_id|cpu family|model|model name|stepping)\s*:\s*(.+)$", text, re.MULTILINE
+        )
     )
     return " ".join(lines.values()) or platform.machine()
 

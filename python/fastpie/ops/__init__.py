@@ -5,6 +5,14 @@ One file holds one operator: schema, implementations, fake kernel and autograd. 
 """
 
 from fastpie.ops.disagreement import disagreement
+from fastpie.ops.masked_conv import masked_conv1d, masked_conv2d, masked_conv3d, masked_linear
 from fastpie.ops.null import null
 
-__all__ = ["disagreement", "null"]
+__all__ = [
+    "disagreement",
+    "masked_conv1d",
+    "masked_conv2d",
+    "masked_conv3d",
+    "masked_linear",
+    "null",
+]

@@ -1,0 +1,8 @@
+"""Drop-ins for torch's layers that compute with the kept weights alone.
+
+Each is a subclass of torch's own layer with one buffer more, `mask`.
+"""
+
+from fastpie.nn.masked_layers import MaskedConv1d, MaskedConv2d, MaskedConv3d, MaskedLinear
+
+__all__ = ["MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MaskedLinear"]
