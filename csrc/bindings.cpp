@@ -196,25 +196,36 @@ void define_packing(py::module_& m, PackMaskedConvArgs (*)(Args...)) {
   m.def("pack_masked_conv", &pack_masked_conv_cpu<std::decay_t<Args>...>);
 }
 
-void max_pool_cpu(const Activations& input, const Activations& output, std::int64_t channels,
-                  std::uintptr_t taps, std::int64_t tap_count, const Tiles& tiles, int dtype,
-                  std::int64_t groups, int threads) {
+using Three = std::array<std::int64_t, 3>;
+using Four = std::array<std::int64_t, 4>;
+
+// Strides of (group, channel, slice, row).
+void max_pool_cpu(std::uintptr_t input, const Four& input_strides, const Three& input_size,
+                  std::uintptr_t output, const Four& output_strides, const Three& output_size,
+                  const Three& kernel, const Three& stride, const Three& padding,
+                  const Three& dilation, int dtype, std::int64_t groups, std::int64_t channels,
+                  std::int64_t images, int threads) {
   MaxPoolArgs args{};
-  args.input = pointer<const void>(std::get<0>(input));
-  args.input_group = std::get<1>(input);
-  args.input_channel = std::get<2>(input);
-  args.output = pointer<void>(std::get<0>(output));
-  args.output_group = std::get<1>(output);
-  args.output_channel = std::get<2>(output);
-  args.channels = channels;
-  args.taps = pointer<const std::int32_t>(taps);
-  args.tap_count = tap_count;
-  if (tap_count < 1) throw std::invalid_argument("Expected at least one tap");
-  args.tiles = pointer<const MaskedTile>(std::get<0>(tiles));
-  args.tile_count = std::get<1>(tiles);
-  args.valid = pointer<const std::uint32_t>(std::get<2>(tiles));
+  args.input = pointer<const void>(input);
+  args.output = pointer<void>(output);
+  args.input_strides = {input_strides[0], input_strides[1], input_strides[2], input_strides[3]};
+  args.output_strides = {output_strides[0], output_strides[1], output_strides[2],
+                         output_strides[3]};
+  for (int d = 0; d < 3; ++d) {
+    if (kernel[d] < 1 || stride[d] < 1 || dilation[d] < 1 || padding[d] < 0) {
+      throw std::invalid_argument("Expected a window with kernel, stride and dilation >= 1");
+    }
+    args.input_size[d] = input_size[d];
+    args.output_size[d] = output_size[d];
+    args.kernel[d] = kernel[d];
+    args.stride[d] = stride[d];
+    args.padding[d] = padding[d];
+    args.dilation[d] = dilation[d];
+  }
   args.dtype = dtype_of(dtype);
   args.groups = groups;
+  args.channels = channels;
+  args.images = images;
   py::gil_scoped_release release;
   check(cpu::max_pool(args, threads));
 }

@@ -139,6 +139,26 @@ inline void multiply_add(const Weight& weight, const std::uint16_t* in, int p, P
 #endif
 }
 
+#if defined(__AVX512BF16__)
+// 0 * x is NaN where x is infinite or NaN: the dot products let such a value into the sum of the
+// other half of its pair, a pixel or an image that does not read it. What the sums should be:
+__attribute__((noinline, cold)) void sum_halves_apart(const MaskedEntry* begin,
+                                                      const MaskedEntry* end,
+                                                      const std::uint16_t* input, Block start,
+                                                      int lines, Pair* sum) {
+  for (int r = 0; r < lines; ++r) {
+    Pair y{start, start};
+    for (const MaskedEntry* entry = begin; entry < end; ++entry) {
+      const Part weight = part_splat(entry->value);
+      const PartBits bits = part_load_bits(input + entry->offset + 2 * r * kBlockFloats);
+      y.even.part[0] = part_fma(weight, part_even(bits), y.even.part[0]);
+      y.odd.part[0] = part_fma(weight, part_odd(bits), y.odd.part[0]);
+    }
+    sum[r] = y;
+  }
+}
+#endif
+
 // The 16 bits at even (or odd) places of 32.
 inline std::uint32_t every_second(std::uint32_t bits) {
   bits &= 0x55555555u;
@@ -170,6 +190,19 @@ void run_tile(const MaskedConvArgs& args, const Rows& block, const std::uint16_t
         for (int p = 0; p < kParts; ++p) multiply_add(weight, in + r * kLine, p, sum[r]);
       }
     }
+#if defined(__AVX512BF16__)
+    __mmask16 nan = 0;
+#pragma GCC unroll 16
+    for (int r = 0; r < kLines; ++r) {
+      nan |= _mm512_cmp_ps_mask(sum[r].even.part[0], sum[r].odd.part[0], _CMP_UNORD_Q);
+    }
+    if (__builtin_expect(nan != 0, 0)) {
+      Pair apart[kLines];  // the address of `sum` would keep it out of the registers
+      sum_halves_apart(block.entries + row.begin, end, input, start, kLines, apart);
+#pragma GCC unroll 16
+      for (int r = 0; r < kLines; ++r) sum[r] = apart[r];
+    }
+#endif
 #pragma GCC unroll 16
     for (int r = 0; r < kLines; ++r) {
       Pair y = sum[r];

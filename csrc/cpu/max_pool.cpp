@@ -1,5 +1,10 @@
 // CPU kernel of `max_pool`. One source, compiled once per instruction set (see isa.h).
+//
+// The rows of a window are folded into one row first, line by line; the window slides along that
+// row, which is in the L1 cache.
 #include "fastpie/max_pool.h"
+
+#include <cstdlib>
 
 #include "block.h"
 #include "parallel.h"
@@ -7,78 +12,128 @@
 namespace fastpie::cpu::FASTPIE_ISA {
 namespace {
 
-inline Part max_or_nan(Part x, Part y) {
-  const PartBits y_is_nan = y != y;
-  const Part larger = part_max(y, x);  // x where either is NaN
-  return part_float((y_is_nan & part_bits(y)) | (~y_is_nan & part_bits(larger)));
+constexpr float kNegativeInfinity = -__builtin_inff();
+
+inline float read(const float* p) { return *p; }
+inline float read(const std::uint16_t* p) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(*p) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline void write(float* p, float value) { *p = value; }
+inline void write(std::uint16_t* p, float value) {  // exact: the value was read from bf16
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  *p = static_cast<std::uint16_t>(bits >> 16);
 }
 
-inline Block line_max(const float* in, const MaxPoolArgs& args) {
-  Block best = block_load(in + args.taps[0]);
-  for (std::int64_t t = 1; t < args.tap_count; ++t) {
-    for (int p = 0; p < kParts; ++p) {
-      best.part[p] = max_or_nan(best.part[p], part_load(in + args.taps[t] + p * kPartFloats));
-    }
+inline float larger(float best, float x) { return x > best || x != x ? x : best; }
+
+// best = max(best, row), value by value; a NaN stays.
+template <typename T>
+void fold(const T* __restrict row, std::int64_t count, float* __restrict best) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float x = read(row + i);
+    best[i] = best[i] >= x || best[i] != best[i] ? best[i] : x;
   }
-  return best;
-}
-inline Pair line_max(const std::uint16_t* in, const MaxPoolArgs& args) {
-  Pair best = pair_load(in + args.taps[0]);
-  for (std::int64_t t = 1; t < args.tap_count; ++t) {
-    const Pair x = pair_load(in + args.taps[t]);
-    for (int p = 0; p < kParts; ++p) {
-      best.even.part[p] = max_or_nan(best.even.part[p], x.even.part[p]);
-      best.odd.part[p] = max_or_nan(best.odd.part[p], x.odd.part[p]);
-    }
-  }
-  return best;
 }
 
-inline void store(float* out, const Block& x, const std::uint32_t* valid) {
-  Block y = x;
-  if (valid != nullptr) {
-    for (int p = 0; p < kParts; ++p) y.part[p] = part_keep(y.part[p], *valid, p);
-  }
-  block_store(out, y);
-}
-inline void store(std::uint16_t* out, const Pair& x, const std::uint32_t* valid) {
-  pair_store(out, x);
-  if (valid == nullptr) return;
-  for (int i = 0; i < 32; ++i) {
-    if ((*valid >> i & 1) == 0) out[i] = 0;
+// The middle of a row, where every tap lies inside: the stride is known to the compiler.
+template <int kStride, typename T>
+void slide(const float* __restrict row, std::int64_t count, std::int64_t taps,
+           std::int64_t dilation, T* __restrict out) {
+  for (std::int64_t x = 0; x < count; ++x) {
+    float best = row[x * kStride];
+    for (std::int64_t k = 1; k < taps; ++k) best = larger(best, row[x * kStride + k * dilation]);
+    write(out + x, best);
   }
 }
 
 template <typename T>
+void pool_row(const MaxPoolArgs& args, const float* row, T* out) {
+  const std::int64_t width = args.input_size[2], images = args.images;
+  const std::int64_t taps = args.kernel[2], stride = args.stride[2], dilation = args.dilation[2];
+  const std::int64_t count = args.output_size[2];
+  // Output pixels whose taps all lie inside the row: [first, last).
+  std::int64_t first = (args.padding[2] + stride - 1) / stride;
+  std::int64_t last = (width - 1 - (taps - 1) * dilation + args.padding[2]) / stride + 1;
+  if (width - 1 - (taps - 1) * dilation + args.padding[2] < 0) last = 0;
+  if (last > count) last = count;
+  if (first > last) first = last;
+  if (images == 1 && (stride == 1 || stride == 2)) {
+    const float* const begin = row + first * stride - args.padding[2];
+    if (stride == 1) slide<1>(begin, last - first, taps, dilation, out + first);
+    if (stride == 2) slide<2>(begin, last - first, taps, dilation, out + first);
+  } else {
+    first = last = 0;
+  }
+  for (std::int64_t x = 0; x < count; ++x) {
+    if (x == first) x = last;
+    if (x >= count) break;
+    for (std::int64_t i = 0; i < images; ++i) {
+      float best = kNegativeInfinity;
+      for (std::int64_t k = 0; k < taps; ++k) {
+        const std::int64_t from = x * stride + k * dilation - args.padding[2];
+        if (from >= 0 && from < width) best = larger(best, row[from * images + i]);
+      }
+      write(out + x * images + i, best);
+    }
+  }
+}
+
+struct Job {
+  const MaxPoolArgs* args;
+  Status status;
+};
+
+template <typename T>
 void run_channels(std::int64_t begin, std::int64_t end, void* context) {
-  const auto& args = *static_cast<const MaxPoolArgs*>(context);
-  constexpr std::int64_t kLine = 64 / sizeof(T);
+  auto& job = *static_cast<Job*>(context);
+  const MaxPoolArgs& args = *job.args;
+  const std::int64_t values = args.input_size[2] * args.images;
+  auto* const row = static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(values)));
+  if (row == nullptr) {
+    job.status = {"Expected memory for one row of a max pooling"};
+    return;
+  }
   for (std::int64_t unit = begin; unit < end; ++unit) {
     const std::int64_t group = unit / args.channels;
     const std::int64_t channel = unit % args.channels;
-    const T* const in =
-        static_cast<const T*>(args.input) + group * args.input_group + channel * args.input_channel;
-    T* const out =
-        static_cast<T*>(args.output) + group * args.output_group + channel * args.output_channel;
-    for (std::int64_t t = 0; t < args.tile_count; ++t) {
-      for (std::int32_t line = 0; line < args.tiles[t].lines; ++line) {
-        const std::int64_t p = args.tiles[t].position + line * kLine;
-        store(out + p, line_max(in + p, args),
-              args.valid == nullptr ? nullptr : args.valid + p / kLine);
+    const T* const in = static_cast<const T*>(args.input) + group * args.input_strides.group +
+                        channel * args.input_strides.channel;
+    T* const out = static_cast<T*>(args.output) + group * args.output_strides.group +
+                   channel * args.output_strides.channel;
+    for (std::int64_t z = 0; z < args.output_size[0]; ++z) {
+      for (std::int64_t y = 0; y < args.output_size[1]; ++y) {
+        for (std::int64_t i = 0; i < values; ++i) row[i] = kNegativeInfinity;
+        for (std::int64_t kz = 0; kz < args.kernel[0]; ++kz) {
+          const std::int64_t iz = z * args.stride[0] + kz * args.dilation[0] - args.padding[0];
+          if (iz < 0 || iz >= args.input_size[0]) continue;
+          for (std::int64_t ky = 0; ky < args.kernel[1]; ++ky) {
+            const std::int64_t iy = y * args.stride[1] + ky * args.dilation[1] - args.padding[1];
+            if (iy < 0 || iy >= args.input_size[1]) continue;
+            fold(in + iz * args.input_strides.slice + iy * args.input_strides.row, values, row);
+          }
+        }
+        pool_row(args, row, out + z * args.output_strides.slice + y * args.output_strides.row);
       }
     }
   }
+  std::free(row);
 }
 
 }  // namespace
 
 Status max_pool(const MaxPoolArgs& args, int threads) {
   if (args.dtype == DType::kFloat16) return {"Expected dtype to be fp32 or bf16"};
-  parallel_ranges(
-      args.groups * args.channels, threads,
-      args.dtype == DType::kFloat32 ? &run_channels<float> : &run_channels<std::uint16_t>,
-      const_cast<MaxPoolArgs*>(&args));
-  return {};
+  Job job{&args, {}};
+  const std::int64_t units = args.groups * args.channels;
+  // Shares as large as can be: each allocates its row once.
+  parallel_for(units, (units + threads - 1) / threads, threads,
+               args.dtype == DType::kFloat32 ? &run_channels<float> : &run_channels<std::uint16_t>,
+               &job);
+  return job.status;
 }
 
 }  // namespace fastpie::cpu::FASTPIE_ISA

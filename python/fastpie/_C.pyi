@@ -74,14 +74,20 @@ def masked_conv_weight_gradient_cpu(
 def count_masked_conv(*args: Any) -> tuple[int, int]: ...
 def pack_masked_conv(entries: int, rows: int, order: int, /, *args: Any) -> None: ...
 def max_pool_cpu(
-    input: _Activations,
-    output: _Activations,
-    channels: int,
-    taps: int,
-    tap_count: int,
-    tiles: _Tiles,
+    input: int,
+    input_strides: tuple[int, int, int, int],
+    input_size: tuple[int, int, int],
+    output: int,
+    output_strides: tuple[int, int, int, int],
+    output_size: tuple[int, int, int],
+    kernel: tuple[int, int, int],
+    stride: tuple[int, int, int],
+    padding: tuple[int, int, int],
+    dilation: tuple[int, int, int],
     dtype: int,
     groups: int,
+    channels: int,
+    images: int,
     threads: int,
     /,
 ) -> None: ...

@@ -17,6 +17,7 @@ from fastpie.dual.segment import Code, Workspace, compile_segment
 from fastpie.dual.states import ModelState, owners, states_of
 from fastpie.dual.tuning import Tuner
 from fastpie.errors import FastpieError
+from fastpie.ops.positions import Positions
 
 if TYPE_CHECKING:
     from fastpie.dual.model import DualModel
@@ -137,7 +138,8 @@ class Lowered:
             for m in range(len(states))
         ]
         layers = [
-            {} if m == 0 else layers_of(program, states[m], own[m]) for m in range(len(states))
+            {} if m == 0 else layers_of(program, states[m], own[m], self._dtype)
+            for m in range(len(states))
         ]
         geometries = Geometries(
             [layer for found in layers for layer in found.values()],
@@ -166,7 +168,7 @@ class Lowered:
             else:
                 plan = PassPlan(plan.choices, {i: layers[m][i] for i in sparse}, plan.segments)
             self.passes.append(_Pass(m, plan, self._compile(m, plan, state, geometries)))
-        self._workspaces: list[list[Workspace]] = []
+        self._workspaces: list[list[Workspace]] = []  # one for each pass; free ones
 
     def _compile(
         self, model: int, plan: PassPlan, state: ModelState, geometries: Geometries
@@ -179,6 +181,7 @@ class Lowered:
                 if other == owner != model:  # another model runs this step
                     outside.update(v for v in step.values() if self._owners[v][other] == model)
         codes = []
+        held: dict[Value, Positions] = {}  # on positions from one segment to the next
         for index, segment in enumerate(plan.segments):
             later = {
                 v
@@ -186,19 +189,21 @@ class Lowered:
                 for i in other.steps
                 for v in program.steps[i].values()
             }
-            codes.append(
-                compile_segment(
-                    program,
-                    state,
-                    segment,
-                    plan.choices,
-                    plan.layers,
-                    geometries,
-                    batch=self._batch,
-                    dtype=self._dtype,
-                    wanted=outside | later,
-                )
+            code = compile_segment(
+                program,
+                state,
+                segment,
+                plan.choices,
+                plan.layers,
+                geometries,
+                batch=self._batch,
+                dtype=self._dtype,
+                outside=outside,
+                later=later,
+                held=held,
             )
+            held.update(code.holds)
+            codes.append(code)
         return codes
 
     def run(
@@ -237,6 +242,7 @@ class Lowered:
         try:
             spaces = iter(workspaces)
             for one in self.passes:
+                space = next(spaces)
                 for index, code in enumerate(one.codes):
                     taken = {v: values[v, self._owners[v][one.model]] for v in code.inputs}
                     timed = None
@@ -244,7 +250,7 @@ class Lowered:
                         timed = seconds.setdefault(
                             (one.model, index), [0.0] * len(code.instructions)
                         )
-                    results = code.run(taken, max(images, 1), next(spaces), timed)
+                    results = code.run(taken, max(images, 1), space, index, timed)
                     values.update({(v, one.model): x for v, x in results.items()})
         finally:
             with self._lock:
@@ -255,11 +261,7 @@ class Lowered:
         return len(next(iter(self._owners.values())))
 
     def _allocate(self) -> list[Workspace]:
-        return [
-            Workspace(code.storages, code.places, code.images or self._batch)
-            for one in self.passes
-            for code in one.codes
-        ]
+        return [Workspace(one.codes, self._batch) for one in self.passes]
 
     def _outputs(
         self, values: dict[tuple[Value, int], Any], model: int, images: int

@@ -30,12 +30,12 @@ from fastpie.ops.positions import Buffer, Positions
 
 __all__ = ["Choice", "Geometries", "PassPlan", "Segment", "plan_pass"]
 
-_LINES = (8, 14)
+_LINES = (4, 8, 14)
 """Tiles tried, in cache lines; see csrc/cpu/masked_conv.cpp for what binds."""
 
-_WORKING_SET = 2 << 20
-"""Bytes of one layer's activations for each thread: about what the L2 and its share of the L3
-cache hold."""
+_WORKING_SET = 1 << 20
+"""Bytes of one layer's result for each thread. Least of .5, 1, 2 and 4 MiB by a little; with more
+the pruned pass of ResNet-50 took up to 1.3 times as long (Zen 4, 1 MiB of L2)."""
 
 _WASTE = 1.2
 """Positions computed for each pixel that a geometry may cost before images are interleaved."""
@@ -81,6 +81,10 @@ class Geometries:
                 )
                 self._channels[size] = max(self._channels.get(size, 1), channels)
         self._images = {size: self._interleaved(size, batch, threads) for size in self._halo}
+        for layer in layers:  # pooling keeps the images where they are
+            if layer.kind == "max_pool":
+                fewer = min(self._images[layer.size], self._images[layer.input_size])
+                self._images[layer.size] = self._images[layer.input_size] = fewer
         self._batch = batch
         self._threads = threads
 
@@ -96,13 +100,16 @@ class Geometries:
         """Images of a micro-batch: enough for the threads, few enough for their caches."""
         p = self.of(size)
         each = p.plane * self._channels[size] * p.dtype.itemsize / p.images
-        fit = max(1, int(_WORKING_SET / each))
-        wanted = max(p.images, fit) * self._threads
-        return min(self._batch, -(-wanted // p.images) * p.images)
+        wanted = p.images * self._threads
+        while 2 * wanted * each <= _WORKING_SET * self._threads:
+            wanted *= 2
+        return wanted
 
     def _interleaved(self, size: Size, batch: int, threads: int) -> int:
         """Fewest images in the lanes that leave few of them to the halo and to the last line."""
         images = 1
+        if size == (1, 1, 1):
+            return 16
         while images < 16:
             p = Positions(size, self._halo[size], images, self._dtype)
             pixels = size[0] * size[1] * size[2] * images
@@ -249,14 +256,12 @@ class _Costs:
         """What the time of a step depends on, besides the kernel."""
         step = self._program.steps[i]
         shapes = tuple(self._program.meta[v].shape[1:] for v in step.values() if self._has_shape(v))
-        if isinstance(step, Convolution):
+        if isinstance(step, Convolution | Linear):
             what: tuple[Any, ...] = (
-                "conv",
                 tuple(self._state.tensors[step.weight].shape),
-                step.stride,
-                step.padding,
-                step.dilation,
-                step.groups,
+                (step.stride, step.padding, step.dilation, step.groups)
+                if isinstance(step, Convolution)
+                else "linear",
                 step.residual is not None,
                 None if step.activation is None else step.activation.name,
             )
@@ -300,7 +305,7 @@ class _Costs:
         if layer.kind == "concatenate":  # its inputs are written where the result lies
             return Choice(True, "in place")
         if layer.kind == "convolution":
-            assert isinstance(layer.step, Convolution)
+            assert isinstance(layer.step, Convolution | Linear)
             keep = self._state.keep[layer.step.weight]
             density = float(f"{keep.sum().item() / keep.numel():.1e}")
             blocks = (False,) if self._dtype == torch.bfloat16 else (True, False)
@@ -332,17 +337,14 @@ class _Costs:
         source = as_5d(source)
         apart = None
         input: Any = source
-        if layer.kind in ("convolution", "average_pool", "max_pool"):
-            channels = source.shape[1] * len(layer.views.phases)
-            buffer = Buffer(positions, channels, images)
-            if layer.reads_in_place:
-                pack(source, buffer)
-                input = buffer
-            else:
-                apart = buffer
+        if layer.kind != "affine" and layer.reads_in_place:
+            input = Buffer(self._geometries.of(layer.input_size), source.shape[1], images)
+            pack(source, input)
+        elif layer.kind != "affine":
+            apart = Buffer(positions, source.shape[1] * len(layer.views.phases), images)
         output = Buffer(positions, layer.channels, images)
         residual = None
-        if isinstance(step, Convolution) and step.residual is not None:
+        if isinstance(step, Convolution | Linear) and step.residual is not None:
             residual = Buffer(positions, layer.channels, images)
         return lambda: run(input, apart, output, residual, images)
 
@@ -382,7 +384,9 @@ def _segments(
     batch: int,
 ) -> tuple[Segment, ...]:
     """Cut the pass where one value is alive, by how many images suit what lies between."""
-    if not steps or not any(choices[i].positions for i in steps) or not batch_independent(program):
+    images_of = image_values(program)
+    apart = all(program.steps[i].result in images_of for i in steps)
+    if not apart or not any(choices[i].positions for i in steps):
         return (Segment(tuple(steps), 0),) if steps else ()
     last_use = program.last_use()
     own = {program.steps[i].result for i in steps}
@@ -401,16 +405,15 @@ def _segments(
             for i in atom
             if choices[i].positions
             for size in (layers[i].size, layers[i].input_size)
-            if geometries.knows(size)
         ]
-        # The least that a layer on positions wants; tensors alone run as what came before them.
-        images = (
-            max(min(wanted), _most_interleaved(atom, choices, layers, geometries)) if wanted else 0
-        )
-        if segments and (not wanted or segments[-1][1] in (images, 0)):
-            before, known = segments[-1]
-            segments[-1] = ([*before, *atom], images or known)
-        else:
+        # The least that a layer on positions wants; tensors alone run on the whole batch.
+        images = 0
+        if wanted:
+            most = _most_interleaved(atom, choices, layers, geometries)
+            images = -(-min(wanted) // most) * most
+        if segments and segments[-1][1] == images:
+            segments[-1] = ([*segments[-1][0], *atom], images)
+        elif atom:
             segments.append(([*atom], images))
     return tuple(
         Segment(tuple(part), 0 if images >= batch else images) for part, images in segments if part
@@ -424,7 +427,13 @@ def _most_interleaved(
     geometries: Geometries,
 ) -> int:
     return max(
-        (geometries.of(layers[i].size).images for i in atom if choices[i].positions), default=1
+        (
+            geometries.of(size).images
+            for i in atom
+            if choices[i].positions
+            for size in (layers[i].size, layers[i].input_size)
+        ),
+        default=1,
     )
 
 
@@ -494,45 +503,64 @@ _INDEPENDENT = {
 }
 
 
-def batch_independent(program: Program) -> bool:
-    """Whether every operator treats each image by itself, so that a batch can be cut.
+def image_values(program: Program) -> set[Value]:
+    """The values [N, ...] each of whose entries depends on the input of that image alone.
 
-    Known operators on values whose first dimension is the batch; a reduction, `cat` and `flatten`
-    if they leave that dimension alone.
+    What known operators compute from such values; a reduction, `cat` and `flatten` if they leave
+    the first dimension alone. The first dimension of any other value may be a multiple of N.
     """
-
-    def batch_first(value: Value) -> bool:
-        meta = program.meta.get(value)
-        return meta is not None and len(meta.shape) > 0 and meta.shape[0] is None
-
+    found = {v for v in program.inputs if None in program.meta[v].shape[:1]}
     for step in program.steps:
-        if not all(batch_first(v) for v in [*step.values(), step.result]):
-            return False
-        if isinstance(step, Convolution | Linear | Affine):
+        meta = program.meta.get(step.result)
+        if meta is None or not meta.shape or meta.shape[0] is not None:
             continue
-        assert isinstance(step, Call)
-        name = str(step.target).rsplit(".", 1)[0]
-        if name in _INDEPENDENT:
+        values = step.values()
+        if not values or not all(v in found for v in values):
             continue
-        rank = len(program.meta[step.result].shape)
-        if name in ("aten.mean", "aten.sum", "aten.amax"):
-            dims = step.args[1] if len(step.args) > 1 else None
-            ndim = len(program.meta[step.values()[0]].shape)
-            if isinstance(dims, list | tuple) and dims and all(d % ndim for d in dims):
-                continue
-        elif name == "aten.cat":
-            if len(step.args) > 1 and step.args[1] % rank:
-                continue
-        elif name == "aten.flatten":
-            if len(step.args) > 1 and step.args[1] > 0:
-                continue
-        elif name == "aten.softmax" and step.args[1] % rank:
+        if isinstance(step, Call) and not _keeps_images_apart(program, step):
             continue
-        return False
-    return True
+        found.add(step.result)
+    return found
 
 
-def layers_of(program: Program, state: ModelState, steps: Sequence[int]) -> dict[int, Layer]:
+def _keeps_images_apart(program: Program, step: Call) -> bool:
+    name = str(step.target).rsplit(".", 1)[0]
+    if name.startswith("aten.flatten"):
+        name = "aten.flatten"
+    rank = len(program.meta[step.result].shape)
+    if name in _INDEPENDENT:
+        return True
+    if name in ("aten.mean", "aten.sum", "aten.amax"):
+        dims = step.args[1] if len(step.args) > 1 else None
+        before = len(program.meta[step.values()[0]].shape)
+        return isinstance(dims, list | tuple) and len(dims) > 0 and all(d % before for d in dims)
+    if name == "aten.cat":
+        return len(step.args) > 1 and step.args[1] % rank != 0
+    if name == "aten.flatten":
+        return len(step.args) > 1 and step.args[1] > 0
+    return name == "aten.softmax" and step.args[1] % rank != 0
+
+
+def final_values(program: Program) -> set[Value]:
+    """The values that the model returns and no step reads."""
+    read = {v for step in program.steps for v in step.values()}
+    return set(program.outputs()) - read
+
+
+def layers_of(
+    program: Program, state: ModelState, steps: Sequence[int], dtype: torch.dtype
+) -> dict[int, Layer]:
     """The steps of one model that can run on positions."""
-    found = {i: layer_of(program, program.steps[i], state) for i in steps}
-    return {i: layer for i, layer in found.items() if layer is not None}
+    found = {}
+    outputs = final_values(program)
+    images = image_values(program)
+    for i in steps:
+        step = program.steps[i]
+        if step.result not in images:
+            continue
+        if isinstance(step, Linear) and step.result in outputs and dtype != torch.float32:
+            continue  # the last layer is computed in fp32
+        layer = layer_of(program, step, state)
+        if layer is not None:
+            found[i] = layer
+    return found

@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 
 from fastpie import _C
-from fastpie.dual.program import Activation, Affine, Call, Convolution, Program, Step, TensorName
+from fastpie.dual.program import (
+    Activation,
+    Affine,
+    Call,
+    Convolution,
+    Linear,
+    Program,
+    Step,
+    TensorName,
+)
 from fastpie.dual.states import ModelState, fold, norm_scale_shift
 from fastpie.dual.tensor_steps import known_slope
 from fastpie.ops import _native
 from fastpie.ops.packing import ACTIVATIONS, PackedConv, from_positions, to_positions
-from fastpie.ops.positions import Buffer, Positions, Views, dtype_code, tiles_of, views_of
+from fastpie.ops.positions import Buffer, Positions, Views, dtype_code, views_of
 
 __all__ = ["Layer", "Size", "as_5d", "layer_of", "pack", "position_step", "same_views", "unpack"]
 
@@ -33,13 +42,15 @@ class Layer:
     """A step that can be computed on positions.
 
     Attributes:
-        kind: "convolution", "max_pool", "average_pool", "affine" or "concatenate".
+        kind: "convolution" (also a linear layer), "max_pool", "average_pool", "affine" or
+            "concatenate".
         step: as captured.
         channels: of the result.
         size: (D, H, W) of the result.
         input_size: of the input.
         views: the input as shifted views; of one tap for "affine" and "concatenate".
         stride: of the views.
+        window: kernel, stride, padding and dilation of "max_pool".
     """
 
     kind: str
@@ -49,12 +60,13 @@ class Layer:
     input_size: Size
     views: Views
     stride: Size
+    window: tuple[Size, Size, Size, Size] | None = None
 
     @property
     def reads_in_place(self) -> bool:
-        """Whether the input can be read where it lies, in the geometry of the result."""
-        if self.kind == "max_pool":  # needs another halo than the others: -inf
-            return False
+        """Whether the input can be read where it lies, on positions."""
+        if self.kind == "max_pool":  # walks through both geometries
+            return True
         return self.views.is_shift_only and self.input_size == self.size
 
 
@@ -68,10 +80,12 @@ def same_views(size: Size) -> Views:
     return views_of(size, (1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1))
 
 
-def _known_size(program: Program, value: Any) -> tuple[int, Size] | None:
-    """Channels and size of a value [N, C, 1 to 3 spatial dimensions], if known."""
+def _known_size(
+    program: Program, value: Any, ranks: tuple[int, ...] = (1, 2, 3)
+) -> tuple[int, Size] | None:
+    """Channels and size of a value [N, C, spatial dimensions], if known."""
     meta = program.meta.get(value)
-    if meta is None or not 3 <= len(meta.shape) <= 5 or meta.shape[0] is not None:
+    if meta is None or len(meta.shape) - 2 not in ranks or meta.shape[0] is not None:
         return None
     if meta.dtype != torch.float32 or any(n is None or n == 0 for n in meta.shape[1:]):
         return None
@@ -90,18 +104,21 @@ def _three(values: Any, rank: int, fill: int) -> Size:
 def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
     """The step as a layer on positions in one model, or None if it cannot be one."""
     source = step.values()[0] if step.values() else None
-    before, after = _known_size(program, source), _known_size(program, step.result)
+    ranks = (0,) if isinstance(step, Linear) else (1, 2, 3)
+    before, after = _known_size(program, source, ranks), _known_size(program, step.result, ranks)
     if before is None or after is None:
         return None
     channels, size = after
     rank = len(program.meta[step.result].shape) - 2
     one = same_views(size)
-    if isinstance(step, Convolution):
+    if isinstance(step, Convolution | Linear):
         keep = state.keep.get(step.weight)
         if keep is None or keep.sum() > _MAX_DENSITY * keep.numel():
             return None
         if not _known_activation(known_slope(step.activation, state)):
             return None
+        if isinstance(step, Linear):
+            return Layer("convolution", step, channels, size, before[1], one, (1, 1, 1))
         stride = _three(step.stride, rank, 1)
         kernel = _three(list(keep.shape[2:]), rank, 1)
         padding = _three(step.padding, rank, 0)
@@ -133,17 +150,16 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
         ceil, include_padding, divisor = options
         if ceil or divisor is not None or not (include_padding or _all_zero(padding)):
             return None
-    three = _three(kernel, rank, 1)
-    views = views_of(
-        before[1],
-        three,
+    window = (
+        _three(kernel, rank, 1),
         _three(stride or kernel, rank, 1),
         _three(padding, rank, 0),
         _three(dilation, rank, 1),
     )
-    kind = "max_pool" if pools[name] == "max" else "average_pool"
-    layer = Layer(kind, step, channels, size, before[1], views, _three(stride or kernel, rank, 1))
-    return _if_halo_fits(layer)
+    if pools[name] == "max":
+        return Layer("max_pool", step, channels, size, before[1], one, (1, 1, 1), window)
+    views = views_of(before[1], *window)
+    return _if_halo_fits(Layer("average_pool", step, channels, size, before[1], views, window[1]))
 
 
 def _all_zero(padding: Any) -> bool:
@@ -186,7 +202,7 @@ def position_step(
     if layer.kind == "average_pool":
         return _average_pool(layer, positions, lines)
     if layer.kind == "max_pool":
-        return _max_pool(layer, positions, lines)
+        return _max_pool(layer)
     assert layer.kind == "affine"
     return _affine(layer, state)
 
@@ -210,7 +226,7 @@ def _convolution(
     layer: Layer, state: ModelState, positions: Positions, lines: int, blocked: bool, chunks: int
 ) -> PositionStep:
     step = layer.step
-    assert isinstance(step, Convolution)
+    assert isinstance(step, Convolution | Linear)
     folded = fold(step, state)
     assert folded.keep is not None
     packed = PackedConv(
@@ -218,7 +234,7 @@ def _convolution(
         as_5d(folded.keep),
         layer.views,
         positions,
-        groups=step.groups,
+        groups=step.groups if isinstance(step, Convolution) else 1,
         bias=folded.bias,
         row_scale=folded.scale,
         lines=lines,
@@ -244,26 +260,27 @@ def _average_pool(layer: Layer, positions: Positions, lines: int) -> PositionSte
     return _run_packed(layer, packed, None)
 
 
-def _max_pool(layer: Layer, positions: Positions, lines: int) -> PositionStep:
-    taps = torch.tensor(layer.views.tap_offsets(positions), dtype=torch.int32)
-    tiles = tiles_of(positions, lines)
+def _max_pool(layer: Layer) -> PositionStep:
+    window = layer.window
+    assert window is not None
 
     def run(
         source: Any, apart: Buffer | None, output: Buffer, residual: Buffer | None, images: int
     ) -> None:
-        assert apart is not None  # its halo holds -inf
-        to_positions(source, apart, layer.views, layer.stride, images=images)
-        address, group, plane = apart.handle
+        before, after = source.positions, output.positions
         _native.call(
             _C.max_pool_cpu,
-            (address, group, plane * len(layer.views.phases)),
-            output.handle,
+            source.handle[0],
+            (source.handle[1], source.handle[2], *before.pitches[:2]),
+            before.size,
+            output.handle[0],
+            (output.handle[1], output.handle[2], *after.pitches[:2]),
+            after.size,
+            *window,
+            dtype_code(after.dtype),
+            after.groups(images),
             layer.channels,
-            taps.data_ptr(),
-            taps.numel(),
-            tiles.handle,
-            dtype_code(positions.dtype),
-            positions.groups(images),
+            after.images,
             torch.get_num_threads(),
         )
 

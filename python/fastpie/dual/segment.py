@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastpie.dual.plan import Choice, Geometries, Segment, chunks_for
+from fastpie.dual.plan import Choice, Geometries, Segment, chunks_for, final_values
 from fastpie.dual.position_steps import (
     Layer,
     Size,
@@ -64,33 +64,51 @@ class Instruction:
 
 @dataclass(frozen=True)
 class _Place:
-    """Channels of a storage that hold a value."""
+    """Channels of a storage that hold a value, or the value held between segments."""
 
     storage: int
     positions: Positions
     channels: int
     first: int
     of: int
+    held: Value | None = None
 
 
 @dataclass
 class _Storage:
     positions: Positions
     planes: int  # of each group
-    fill: float
     users: int = 0  # places in use
 
 
 class Workspace:
-    """The buffers of a segment, for one call at a time."""
+    """The buffers of a pass, for one call at a time."""
 
-    def __init__(self, storages: list[_Storage], places: list[_Place], images: int) -> None:
-        """Allocate for micro-batches of `images` images."""
-        whole = [Buffer(s.positions, s.planes, images, fill=s.fill) for s in storages]
-        self.buffers = [
-            Buffer(p.positions, p.channels, images, within=whole[p.storage], first=p.first, of=p.of)
-            for p in places
-        ]
+    def __init__(self, codes: Sequence[Code], batch: int) -> None:
+        """Allocate for the micro-batches of each segment, and for what is held between them."""
+        held = {
+            p.held: Buffer(p.positions, p.of, batch)
+            for code in codes
+            for p in code.places
+            if p.held is not None
+        }
+        self.buffers: list[list[Buffer]] = []
+        for code in codes:
+            images = code.images or batch
+            whole = [Buffer(s.positions, s.planes, images) for s in code.storages]
+            self.buffers.append(
+                [
+                    Buffer(
+                        p.positions,
+                        p.channels,
+                        images,
+                        within=whole[p.storage] if p.held is None else held[p.held],
+                        first=p.first,
+                        of=p.of,
+                    )
+                    for p in code.places
+                ]
+            )
 
 
 @dataclass
@@ -99,14 +117,16 @@ class Code:
 
     Attributes:
         images: of a micro-batch; 0: the whole batch.
-        inputs: values that it takes from outside.
-        outputs: values that others need.
+        inputs: tensors that it takes from outside.
+        outputs: tensors that others need.
+        holds: values that it leaves on positions for later segments, with their geometry.
         instructions: in order.
     """
 
     images: int
     inputs: list[Value]
     outputs: list[Value]
+    holds: dict[Value, Positions]
     instructions: list[Instruction]
     storages: list[_Storage]
     places: list[_Place]
@@ -116,15 +136,20 @@ class Code:
         values: dict[Value, Any],
         batch: int,
         workspace: Workspace,
+        index: int,
         seconds: list[float] | None = None,
     ) -> dict[Value, Any]:
         """Run on a batch and return the outputs; `seconds` gains the time of each instruction."""
         micro = self.images or batch
-        frame = Frame({}, workspace.buffers, micro, batch=batch)
+        held = [k for k, p in enumerate(self.places) if p.held is not None]
+        whole_buffers = workspace.buffers[index]
+        frame = Frame({}, list(whole_buffers), micro, batch=batch)
         parts: dict[Value, list[Any]] = {value: [] for value in self.outputs}
         for first in range(0, batch, micro):
             images = min(micro, batch - first)
             frame.first, frame.images = first, images
+            for place in held:
+                frame.buffers[place] = whole_buffers[place].from_image(first)
             if images == batch:
                 frame.values = {v: values[v] for v in self.inputs}
             else:
@@ -159,7 +184,9 @@ def compile_segment(
     *,
     batch: int,
     dtype: torch.dtype,
-    wanted: set[Value],
+    outside: set[Value],
+    later: set[Value],
+    held: dict[Value, Positions],
 ) -> Code:
     """Turn the steps of a segment into instructions.
 
@@ -172,10 +199,12 @@ def compile_segment(
         geometries: of all sizes.
         batch: the largest batch.
         dtype: to compute in.
-        wanted: values that later segments, other models or the caller need.
+        outside: values that other models or the caller need, as tensors.
+        later: values that later segments of this pass need.
+        held: values that earlier segments hold on positions.
     """
     return _Compiler(
-        program, state, segment, choices, layers, geometries, batch, dtype, wanted
+        program, state, segment, choices, layers, geometries, batch, dtype, outside, later, held
     ).compile()
 
 
@@ -190,18 +219,26 @@ class _Compiler:
         geometries: Geometries,
         batch: int,
         dtype: torch.dtype,
-        wanted: set[Value],
+        outside: set[Value],
+        later: set[Value],
+        held: dict[Value, Positions],
     ) -> None:
         self._program, self._state, self._segment = program, state, segment
         self._choices, self._layers, self._geometries = choices, layers, geometries
         self._dtype = dtype
         self._images = segment.images or batch
-        self._wanted = wanted
+        self._held = held
+        self._final = final_values(program)
         self._made = {program.steps[i].result: i for i in segment.steps}
         self._last: dict[Value, int] = {}
         for i in segment.steps:
             for value in (*program.steps[i].values(), program.steps[i].result):
                 self._last[value] = i
+        # What is made on positions for later segments stays there; the rest goes as tensors.
+        self._hold = {
+            v for v in later - outside if v in self._made and choices[self._made[v]].positions
+        }
+        self._wanted = outside | later - self._hold
         self._instructions: list[Instruction] = []
         self._tensors: set[Value] = set()  # values that lie as tensors now
         self._fresh: set[Value] = set()  # ... in memory of their own
@@ -219,6 +256,10 @@ class _Compiler:
                 v for i in self._segment.steps for v in steps[i].values() if v not in self._made
             )
         )
+        for value in [v for v in inputs if v in self._held]:
+            inputs.remove(value)
+            channels = int(self._program.meta[value].shape[1] or 0)
+            self._where[value] = self._hold_place(value, self._held[value], channels)
         self._tensors.update(inputs)
         self._assign_slots()
         for i in self._segment.steps:
@@ -233,6 +274,7 @@ class _Compiler:
             self._segment.images,
             inputs,
             outputs,
+            {v: self._places[self._where[v]].positions for v in self._hold},
             self._instructions,
             self._storages,
             self._places,
@@ -257,7 +299,7 @@ class _Compiler:
             dtype=self._dtype,
             sizes=sizes,
             overwrite_residual=overwrite,
-            is_output=step.result in self._program.outputs(),
+            is_output=step.result in self._final,
         )
         result = step.result
 
@@ -331,8 +373,7 @@ class _Compiler:
         apart = None
         if copies and layer.kind != "affine":
             channels = int(self._program.meta[source].shape[1] or 0) * len(layer.views.phases)
-            fill = -float("inf") if layer.kind == "max_pool" else 0.0
-            apart = self._allocate(positions, channels, fill, private=True)
+            apart = self._allocate(positions, channels, private=True)
         output = self._allocate_for(step.result, positions, layer.channels)
         chunks = chunks_for(positions, self._images, choice.lines)
         run = position_step(
@@ -383,8 +424,8 @@ class _Compiler:
         first = target.first
         for value in step.values():
             source = self._places[self._where[value]]
-            if (source.storage, source.first) != (target.storage, first):
-                place = _Place(target.storage, positions, source.channels, first, target.of)
+            if (source.storage, source.first) != (target.storage, first) or target.held:
+                place = replace(target, channels=source.channels, first=first)
                 self._places.append(place)
                 copies.append((self._where[value], len(self._places) - 1))
             first += source.channels
@@ -423,17 +464,26 @@ class _Compiler:
             if result not in self._slots and slots[0] is not None:
                 where, first, of = slots[0]
                 expected = [(where, first + sum(channels[:k]), of) for k in range(len(values))]
-                if slots == expected:
+                if slots == expected and result not in self._hold:
                     self._slots[result] = slots[0]
                     continue
+            if result in self._hold:  # copied there
+                continue
             where, first, of = self._slots.setdefault(result, (root, 0, total))
             for value, count in zip(values, channels, strict=True):
-                self._slots.setdefault(value, (where, first, of))
+                if value not in self._hold and value not in self._where:
+                    self._slots.setdefault(value, (where, first, of))
                 first += count
         for value, (root, _, _) in self._slots.items():
             self._root_users.setdefault(root, set()).add(value)
 
+    def _hold_place(self, value: Value, positions: Positions, channels: int) -> int:
+        self._places.append(_Place(-1, positions, channels, 0, channels, held=value))
+        return len(self._places) - 1
+
     def _allocate_for(self, value: Value, positions: Positions, channels: int) -> int:
+        if value in self._hold:
+            return self._hold_place(value, positions, channels)
         if value not in self._slots:
             return self._allocate(positions, channels)
         root, first, of = self._slots[value]
@@ -444,9 +494,7 @@ class _Compiler:
         self._places.append(_Place(storage, positions, channels, first, of))
         return len(self._places) - 1
 
-    def _allocate(
-        self, positions: Positions, channels: int, fill: float = 0.0, private: bool = False
-    ) -> int:
+    def _allocate(self, positions: Positions, channels: int, *, private: bool = False) -> int:
         """A place of its own. What holds phases is private for ever: its halo is another."""
         index = None
         if not private:
@@ -459,7 +507,7 @@ class _Compiler:
             elif free:
                 index = max(free, key=lambda k: self._storages[k].planes)
         if index is None:
-            self._storages.append(_Storage(positions, channels, fill))
+            self._storages.append(_Storage(positions, channels))
             index = len(self._storages) - 1
         storage = self._storages[index]
         storage.planes = max(storage.planes, channels)
@@ -480,7 +528,7 @@ class _Compiler:
         self._tensors.difference_update(drop)
         self._instructions[-1].drop = tuple(drop)
         for value in (v for v, last in self._last.items() if last == i):
-            if value not in self._where:
+            if value not in self._where or self._places[self._where[value]].held is not None:
                 continue
             if value in self._slots:
                 root = self._slots[value][0]

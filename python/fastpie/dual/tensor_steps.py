@@ -61,7 +61,7 @@ def tensor_step(
         dtype: to compute in, torch.float32 or torch.bfloat16.
         sizes: [N, C, ...] of a convolution's input: oneDNN lays the weights out for it.
         overwrite_residual: whether the residual's memory may become the result's.
-        is_output: the result is what the model returns: a linear layer then gives fp32.
+        is_output: the result is what the model returns and no more: a linear layer gives fp32.
 
     Returns:
         The name of the kernel, for the report, and the function.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from typing_extensions import Self
 
 from fastpie.errors import FastpieError
 from fastpie.ops import masked_conv1d, masked_conv2d, masked_conv3d, masked_linear
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["MaskedConv1d", "MaskedConv2d", "MaskedConv3d", "MaskedLinear"]
 
@@ -34,7 +36,8 @@ class _Masked(nn.Module):
                 f"Expected `mask` to have the weight's shape {list(self.weight.shape)}, but got "
                 f"{list(mask.shape)}."
             )
-        self.register_buffer("mask", mask.to(self.weight.device))
+        # A copy: load_state_dict writes into buffers, and the mask may belong to a Masks.
+        self.register_buffer("mask", mask.to(self.weight.device, copy=True))
 
     @classmethod
     def from_dense(cls, module: nn.Module, mask: Tensor) -> Self:

@@ -165,7 +165,7 @@ def masked_linear(
         output = torch.nn.functional.linear(input, weight * mask, bias)
     """
     _check_mask(weight, mask)
-    if weight.ndim == 2 and input.ndim >= 1 and _is_ours(input, weight, bias):
+    if weight.ndim == 2 and _is_ours(input, weight, bias) and input.ndim >= 1:
         return torch.ops.fastpie.masked_conv(  # type: ignore[no-any-return]
             input, weight, mask, bias, [], [], [], 1
         )
@@ -190,9 +190,9 @@ def _masked_conv(
         strides is None
         or dilations is None
         or not _is_number(groups)
+        or not _is_ours(input, weight, bias)
         or weight.ndim != rank + 2
         or input.ndim not in (rank + 1, rank + 2)
-        or not _is_ours(input, weight, bias)
     ):
         return _CONVOLUTIONS[rank](input, weight * mask, bias, stride, padding, dilation, groups)
     if padding == "valid":
@@ -301,18 +301,14 @@ def _dense_gradient(
 
 
 def _memory_format(rank: int, *tensors: Tensor) -> torch.memory_format:
-    """The memory format that torch's convolution gives: channels_last where any operand has it."""
-    for t in tensors:
-        found = suggest_memory_format(t.unsqueeze(2) if rank == 1 else t)
-        if rank and found is not torch.contiguous_format:
+    """The memory format that torch gives: in 2D and 3D channels_last where any operand has it."""
+    for t in tensors if rank > 1 else ():
+        if (found := suggest_memory_format(t)) is not torch.contiguous_format:
             return found
     return torch.contiguous_format
 
 
 def _empty(like: Tensor, shape: Sequence[int], memory_format: torch.memory_format) -> Tensor:
-    if memory_format is torch.channels_last and len(shape) == 3:
-        rows = [shape[0], shape[1], 1, shape[2]]
-        return _empty(like, rows, memory_format).squeeze(2)
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
 
 
@@ -520,8 +516,10 @@ def _masked_conv_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ..
     if ctx.needs_input_grad[1]:
         of_weight = _weight_gradient(gradient, input, mask, ctx.geometry)
     if ctx.needs_input_grad[3]:
-        channel = 1 if ctx.geometry[0] else gradient.ndim - 1
-        of_bias = gradient.sum([d for d in range(gradient.ndim) if d != channel])
+        if ctx.geometry[0]:
+            of_bias = gradient.sum([0, *range(2, gradient.ndim)])
+        else:
+            of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
     return of_input, of_weight, None, of_bias, None, None, None, None
 
 

@@ -121,13 +121,15 @@ _known: collections.OrderedDict[Any, tuple[weakref.ref[Any], KnownMask]] = colle
 _lock = threading.RLock()  # reentrant: a mask may be freed, and so forgotten, inside of it
 
 
-def _renew_lock() -> None:
+def _begin_anew() -> None:
+    """In a forked process: another thread may have held a lock."""
     global _lock
     _lock = threading.RLock()
+    _known.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def known_mask(mask: Tensor) -> KnownMask:  # bool, CPU

@@ -193,6 +193,18 @@ class Buffer:
             positions.plane,
         )
 
+    def from_image(self, first: int) -> Buffer:
+        """The same memory, seen from an image on that begins a group."""
+        if first == 0:
+            return self
+        later = object.__new__(Buffer)
+        later.__dict__.update(self.__dict__)
+        address, group, plane = self.handle
+        skipped = first // self.positions.images * group
+        later._begin = self._begin + skipped
+        later.handle = (address + skipped * self.positions.dtype.itemsize, group, plane)
+        return later
+
     def pixels(self, images: int) -> Tensor:  # [groups, C, D, H, W, images of a group]
         """The pixels of the first groups that hold `images` images, as a strided view."""
         p = self.positions

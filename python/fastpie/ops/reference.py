@@ -6,11 +6,13 @@ ours serves (and that have fp64: Apple's MPS does not). Nothing here is tuned.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["disagreement", "null", "spearman"]
+__all__ = ["disagreement", "masked_conv", "masked_linear", "null", "spearman"]
 
 
 def null(input: Tensor) -> Tensor:
@@ -19,6 +21,55 @@ def null(input: Tensor) -> Tensor:
     A twin takes what the operator takes and says in torch's words what the kernel computes.
     """
     return input.clone(memory_format=torch.contiguous_format)
+
+
+def masked_conv(
+    input: Tensor,  # [N, C, ...]
+    weight: Tensor,  # [K, C / groups, ...]
+    mask: Tensor,  # bool, the weight's shape
+    bias: Tensor | None,  # [K]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution with the kept weights alone: each adds one shifted view of one channel.
+
+    Any number of spatial dimensions, as many as there are strides.
+    """
+    padded = functional.pad(input, [p for p in reversed(padding) for _ in range(2)])
+    out_channels, channels, *kernel = weight.shape
+    size = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, s, d in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
+    ]
+    output = input.new_zeros([input.shape[0], out_channels, *size])
+    if bias is not None:
+        output += bias.view(-1, *[1] * len(size))
+    for row, c, *tap in mask.nonzero().tolist():
+        channel = row // (out_channels // groups) * channels + c
+        shifted = [
+            slice(t * d, t * d + (n - 1) * s + 1, s)
+            for t, d, n, s in zip(tap, dilation, size, stride, strict=True)
+        ]
+        place, view = (row, c, *tap), (slice(None), channel, *shifted)
+        output[:, row] += weight[place] * padded[view]
+    return output
+
+
+def masked_linear(
+    input: Tensor,  # [..., C]
+    weight: Tensor,  # [K, C]
+    mask: Tensor,  # bool, the weight's shape
+    bias: Tensor | None,  # [K]
+) -> Tensor:  # [..., K]
+    """Linear layer with the kept weights alone."""
+    output = input.new_zeros([*input.shape[:-1], weight.shape[0]])
+    if bias is not None:
+        output += bias
+    for row, channel in mask.nonzero().tolist():
+        output[..., row] += weight[row, channel] * input[..., channel]
+    return output
 
 
 def disagreement(
