@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv in this folder, torch pinned by constraints.txt.
-.PHONY: install demo test bench bench-peers peers bench-report lint format gpu-check clean
+.PHONY: install demo test sanitize bench bench-peers peers bench-report lint format gpu-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -35,6 +35,24 @@ test: install
 	$(BIN)/python -m pytest -m "not triton_interpreter and not triton_compile and not cuda"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton_interpreter tests/triton_kernels
 	$(BIN)/python -m pytest -m triton_compile tests/triton_kernels
+
+# Tests of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer (of GCC); the first
+# finding ends the run. Only the kernels are instrumented, in a package of their own; tensors have
+# red zones all the same, since torch takes their memory from malloc. The C++ library is loaded
+# along, because the sanitizer looks for its __cxa_throw at the start. Python leaks by design.
+SANITIZED := build/sanitize
+sanitize: install
+	$(BIN)/cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER=g++ -DFASTPIE_SANITIZE=ON -DFASTPIE_CUDA=OFF \
+	  -DFASTPIE_WERROR=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build $(SANITIZED)
+	rm -rf $(SANITIZED)/site && mkdir $(SANITIZED)/site
+	cp -r python/fastpie $(SANITIZED)/site && cp -r triton_kernels $(SANITIZED)/site/fastpie
+	cp $(SANITIZED)/_C.*.so $(SANITIZED)/site/fastpie
+	PYTHONPATH=$(CURDIR)/$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest --capture=sys -m "not cuda" tests/ops
 
 bench: install
 	$(BIN)/python -m benchmarks.bench_disagreement

@@ -24,7 +24,8 @@ inline Part part_exp(Part x) {
   y = part_fma(y, r, part_splat(0.5f));
   y = part_fma(y, r, part_splat(1.0f));
   y = part_fma(y, r, part_splat(1.0f));
-  const PartBits scaled = part_bits(y) + (part_bits(shifted) << 23);
+  const auto exponent = reinterpret_cast<PartWords>(shifted) << 23;  // unsigned: a NaN overflows
+  const auto scaled = reinterpret_cast<PartBits>(reinterpret_cast<PartWords>(y) + exponent);
   const PartBits ordered = x == x;
   return part_float((ordered & scaled) | (~ordered & part_bits(x)));
 }
@@ -64,8 +65,8 @@ inline Part part_activate(Part x, const Activation& f) {
     }
     case Activation::kHardswish:
       return x * part_min(part_splat(6.0f), part_max(zero, x + 3.0f)) * (1.0f / 6.0f);
-    case Activation::kSilu:
-      return x * part_sigmoid(x);
+    case Activation::kSilu:  // below -87 the result is 0; x stays NaN where it is
+      return part_max(part_splat(-87.0f), x) * part_sigmoid(x);
     case Activation::kGelu:
       return part_gelu(x);
   }

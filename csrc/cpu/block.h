@@ -27,6 +27,7 @@ constexpr int kParts = 4;
 #endif
 constexpr int kPartFloats = kBlockFloats / kParts;
 typedef std::int32_t PartBits __attribute__((vector_size(4 * kPartFloats)));
+typedef std::uint32_t PartWords __attribute__((vector_size(4 * kPartFloats)));
 
 struct Block {
   Part part[kParts];
@@ -134,16 +135,15 @@ inline Pair pair_load(const std::uint16_t* p) {
 
 // fp32 to the nearest bf16, ties to even, in the high half of each lane; NaN stays NaN.
 inline PartBits part_round(Part x) {
-  const PartBits bits = part_bits(x);
-  const PartBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const auto bits = reinterpret_cast<PartWords>(x);  // unsigned: for a NaN the sum may overflow
+  const auto rounded = reinterpret_cast<PartBits>(bits + 0x7fffu + ((bits >> 16) & 1u));
   const PartBits ordered = x == x;
   return (ordered & rounded) | (~ordered & 0x7fc00000);
 }
 inline void pair_store(std::uint16_t* p, const Pair& x) {
   for (int i = 0; i < kParts; ++i) {
-    typedef std::uint32_t Unsigned __attribute__((vector_size(4 * kPartFloats)));
     const PartBits low =
-        reinterpret_cast<PartBits>(reinterpret_cast<Unsigned>(part_round(x.even.part[i])) >> 16);
+        reinterpret_cast<PartBits>(reinterpret_cast<PartWords>(part_round(x.even.part[i])) >> 16);
     const PartBits high = part_round(x.odd.part[i]) & static_cast<std::int32_t>(0xffff0000u);
     const PartBits bits = low | high;
     __builtin_memcpy(p + 2 * i * kPartFloats, &bits, sizeof(bits));

@@ -27,33 +27,54 @@ constexpr int kMaxLines = 3;
 constexpr int kMaxLinesBf16 = 1;
 #endif
 
-struct Rows {
+// The rows of one block of input channels, and where their tile lies.
+template <typename T>
+struct Work {
   const MaskedEntry* entries;
   const MaskedRow* rows;
   std::int64_t count;
-  bool first;  // block of input channels: starts from the bias
-  bool last;   // applies the epilogue
+  const T* input;
+  T* output;
+  const T* residual;
+  const std::uint32_t* valid;
 };
 
 // ---------------------------------------------------------------------------- fp32
 
-template <int kLines>
-void run_tile(const MaskedConvArgs& args, const Rows& block, const float* input, float* output,
-              const float* residual, const std::uint32_t* valid) {
-  for (std::int64_t i = 0; i < block.count; ++i) {
-    const MaskedRow& row = block.rows[i];
-    float* const out = output + row.channel * args.output_channel;
+// What a block of input channels is to the sums: they start from the bias or go on from the output,
+// and end as partial sums or with the epilogue.
+enum class Stage { kOnly, kFirst, kMiddle, kLast };
+
+// Arguments are copied to locals first: the compiler could not know that a store leaves them alone.
+template <int kLines, Stage kPart>
+void run_rows(const MaskedConvArgs& args, const Work<float>& work) {
+  constexpr bool kFromBias = kPart == Stage::kOnly || kPart == Stage::kFirst;
+  constexpr bool kFinishes = kPart == Stage::kOnly || kPart == Stage::kLast;
+  const MaskedEntry* const entries = work.entries;
+  const MaskedRow* row = work.rows;
+  const MaskedRow* const last_row = row + work.count;
+  const float* const input = work.input;
+  float* const output = work.output;
+  const float* const residual = work.residual;
+  const std::uint32_t* const valid = work.valid;
+  const float* const bias = args.bias;
+  const std::int64_t output_channel = args.output_channel;
+  const std::int64_t residual_channel = args.residual_channel;
+  const Activation activation = args.activation;
+  for (; row < last_row; ++row) {
+    const std::int64_t channel = row->channel;
+    float* const out = output + channel * output_channel;
     Block sum[kLines];
-    if (block.first) {
-      const Block start = block_splat(args.bias == nullptr ? 0.0f : args.bias[row.channel]);
+    if (kFromBias) {
+      const Block start = block_splat(bias == nullptr ? 0.0f : bias[channel]);
 #pragma GCC unroll 16
       for (int r = 0; r < kLines; ++r) sum[r] = start;
     } else {
 #pragma GCC unroll 16
       for (int r = 0; r < kLines; ++r) sum[r] = block_load(out + r * kBlockFloats);
     }
-    const MaskedEntry* entry = block.entries + row.begin;
-    const MaskedEntry* const end = entry + row.count;
+    const MaskedEntry* entry = entries + row->begin;
+    const MaskedEntry* const end = entry + row->count;
     for (; entry < end; ++entry) {
       const float* const in = input + entry->offset;
       const Part weight = part_splat(entry->value);
@@ -66,9 +87,9 @@ void run_tile(const MaskedConvArgs& args, const Rows& block, const float* input,
         }
       }
     }
-    if (block.last) {
+    if (kFinishes) {
       if (residual != nullptr) {
-        const float* const add = residual + row.channel * args.residual_channel;
+        const float* const add = residual + channel * residual_channel;
 #pragma GCC unroll 16
         for (int r = 0; r < kLines; ++r) {
 #pragma GCC unroll 4
@@ -77,16 +98,16 @@ void run_tile(const MaskedConvArgs& args, const Rows& block, const float* input,
           }
         }
       }
-      if (args.activation.kind == Activation::kRelu) {
+      if (activation.kind == Activation::kRelu) {
 #pragma GCC unroll 16
         for (int r = 0; r < kLines; ++r) {
 #pragma GCC unroll 4
           for (int p = 0; p < kParts; ++p) sum[r].part[p] = part_max(Part{}, sum[r].part[p]);
         }
-      } else if (args.activation.kind != Activation::kNone) {
+      } else if (activation.kind != Activation::kNone) {
         for (int r = 0; r < kLines; ++r) {
           for (int p = 0; p < kParts; ++p) {
-            sum[r].part[p] = part_activate(sum[r].part[p], args.activation);
+            sum[r].part[p] = part_activate(sum[r].part[p], activation);
           }
         }
       }
@@ -103,6 +124,14 @@ void run_tile(const MaskedConvArgs& args, const Rows& block, const float* input,
 #pragma GCC unroll 16
     for (int r = 0; r < kLines; ++r) block_store(out + r * kBlockFloats, sum[r]);
   }
+}
+
+template <int kLines>
+void run_tile(const MaskedConvArgs& args, const Work<float>& work, bool first, bool last) {
+  if (first && last) return run_rows<kLines, Stage::kOnly>(args, work);
+  if (first) return run_rows<kLines, Stage::kFirst>(args, work);
+  if (last) return run_rows<kLines, Stage::kLast>(args, work);
+  run_rows<kLines, Stage::kMiddle>(args, work);
 }
 
 // ---------------------------------------------------------------------------- bf16
@@ -169,18 +198,28 @@ inline std::uint32_t every_second(std::uint32_t bits) {
 }
 
 template <int kLines>
-void run_tile(const MaskedConvArgs& args, const Rows& block, const std::uint16_t* input,
-              std::uint16_t* output, const std::uint16_t* residual, const std::uint32_t* valid) {
+void run_tile(const MaskedConvArgs& args, const Work<std::uint16_t>& work, bool, bool) {
   constexpr int kLine = 2 * kBlockFloats;
-  for (std::int64_t i = 0; i < block.count; ++i) {
-    const MaskedRow& row = block.rows[i];
-    std::uint16_t* const out = output + row.channel * args.output_channel;
+  const MaskedEntry* const entries = work.entries;
+  const MaskedRow* row = work.rows;
+  const MaskedRow* const last_row = row + work.count;
+  const std::uint16_t* const input = work.input;
+  std::uint16_t* const output = work.output;
+  const std::uint16_t* const residual = work.residual;
+  const std::uint32_t* const valid = work.valid;
+  const float* const bias = args.bias;
+  const std::int64_t output_channel = args.output_channel;
+  const std::int64_t residual_channel = args.residual_channel;
+  const Activation activation = args.activation;
+  for (; row < last_row; ++row) {
+    const std::int64_t channel = row->channel;
+    std::uint16_t* const out = output + channel * output_channel;
     Pair sum[kLines];
-    const Block start = block_splat(args.bias == nullptr ? 0.0f : args.bias[row.channel]);
+    const Block start = block_splat(bias == nullptr ? 0.0f : bias[channel]);
 #pragma GCC unroll 16
     for (int r = 0; r < kLines; ++r) sum[r] = {start, start};
-    const MaskedEntry* entry = block.entries + row.begin;
-    const MaskedEntry* const end = entry + row.count;
+    const MaskedEntry* entry = entries + row->begin;
+    const MaskedEntry* const end = entry + row->count;
     for (; entry < end; ++entry) {
       const std::uint16_t* const in = input + entry->offset;
       const Weight weight = broadcast_weight(entry->value);
@@ -198,7 +237,7 @@ void run_tile(const MaskedConvArgs& args, const Rows& block, const std::uint16_t
     }
     if (__builtin_expect(nan != 0, 0)) {
       Pair apart[kLines];  // the address of `sum` would keep it out of the registers
-      sum_halves_apart(block.entries + row.begin, end, input, start, kLines, apart);
+      sum_halves_apart(entries + row->begin, end, input, start, kLines, apart);
 #pragma GCC unroll 16
       for (int r = 0; r < kLines; ++r) sum[r] = apart[r];
     }
@@ -207,16 +246,16 @@ void run_tile(const MaskedConvArgs& args, const Rows& block, const std::uint16_t
     for (int r = 0; r < kLines; ++r) {
       Pair y = sum[r];
       if (residual != nullptr) {
-        const Pair add = pair_load(residual + row.channel * args.residual_channel + r * kLine);
+        const Pair add = pair_load(residual + channel * residual_channel + r * kLine);
         for (int p = 0; p < kParts; ++p) {
           y.even.part[p] += add.even.part[p];
           y.odd.part[p] += add.odd.part[p];
         }
       }
-      if (args.activation.kind != Activation::kNone) {
+      if (activation.kind != Activation::kNone) {
         for (int p = 0; p < kParts; ++p) {
-          y.even.part[p] = part_activate(y.even.part[p], args.activation);
-          y.odd.part[p] = part_activate(y.odd.part[p], args.activation);
+          y.even.part[p] = part_activate(y.even.part[p], activation);
+          y.odd.part[p] = part_activate(y.odd.part[p], activation);
         }
       }
       if (valid != nullptr && valid[r] != 0xffffffffu) {
@@ -235,8 +274,7 @@ void run_tile(const MaskedConvArgs& args, const Rows& block, const std::uint16_t
 // ---------------------------------------------------------------------------- tiles and threads
 
 template <typename T>
-using RunTile = void (*)(const MaskedConvArgs&, const Rows&, const T*, T*, const T*,
-                         const std::uint32_t*);
+using RunTile = void (*)(const MaskedConvArgs&, const Work<T>&, bool first, bool last);
 
 constexpr int max_lines(const float*) { return kMaxLines; }
 constexpr int max_lines(const std::uint16_t*) { return kMaxLinesBf16; }
@@ -287,20 +325,20 @@ void run_units(std::int64_t begin, std::int64_t end, void* context) {
       const int from = tile.lines * pass / passes;
       const int lines = tile.lines * (pass + 1) / passes - from;
       const std::int64_t position = tile.position + static_cast<std::int64_t>(from) * kLine;
-      const T* const input =
-          static_cast<const T*>(args.input) + group * args.input_group + position;
-      T* const output = static_cast<T*>(args.output) + group * args.output_group + position;
-      const T* const residual =
-          args.residual == nullptr
-              ? nullptr
-              : static_cast<const T*>(args.residual) + group * args.residual_group + position;
-      const std::uint32_t* const valid =
-          args.valid == nullptr ? nullptr : args.valid + position / kLine;
+      Work<T> work{};
+      work.entries = args.entries;
+      work.count = channels;
+      work.input = static_cast<const T*>(args.input) + group * args.input_group + position;
+      work.output = static_cast<T*>(args.output) + group * args.output_group + position;
+      if (args.residual != nullptr) {
+        work.residual =
+            static_cast<const T*>(args.residual) + group * args.residual_group + position;
+      }
+      work.valid = args.valid == nullptr ? nullptr : args.valid + position / kLine;
       const RunTile<T> run = tile_function<T>(lines);
       for (std::int64_t block = 0; block < args.blocks; ++block) {
-        const Rows rows{args.entries, args.rows + first * args.blocks + block * channels, channels,
-                        block == 0, block == args.blocks - 1};
-        run(args, rows, input, output, residual, valid);
+        work.rows = args.rows + first * args.blocks + block * channels;
+        run(args, work, block == 0, block == args.blocks - 1);
       }
     }
   }

@@ -28,8 +28,6 @@ inline void write(std::uint16_t* p, float value) {  // exact: the value was read
   *p = static_cast<std::uint16_t>(bits >> 16);
 }
 
-inline float larger(float best, float x) { return x > best || x != x ? x : best; }
-
 // best = max(best, row), value by value; a NaN stays.
 template <typename T>
 void fold(const T* __restrict row, std::int64_t count, float* __restrict best) {
@@ -39,47 +37,40 @@ void fold(const T* __restrict row, std::int64_t count, float* __restrict best) {
   }
 }
 
-// The middle of a row, where every tap lies inside: the stride is known to the compiler.
-template <int kStride, typename T>
-void slide(const float* __restrict row, std::int64_t count, std::int64_t taps,
-           std::int64_t dilation, T* __restrict out) {
+// best[x] = max(best[x], row[x * kStride]): the stride is known to the compiler.
+template <int kStride>
+void fold_strided(const float* __restrict row, std::int64_t count, float* __restrict best) {
   for (std::int64_t x = 0; x < count; ++x) {
-    float best = row[x * kStride];
-    for (std::int64_t k = 1; k < taps; ++k) best = larger(best, row[x * kStride + k * dilation]);
-    write(out + x, best);
+    const float value = row[x * kStride];
+    best[x] = best[x] >= value || best[x] != best[x] ? best[x] : value;
   }
 }
 
+// Slides the window along `row`, tap by tap; `best` holds one row of the output.
 template <typename T>
-void pool_row(const MaxPoolArgs& args, const float* row, T* out) {
-  const std::int64_t width = args.input_size[2], images = args.images;
-  const std::int64_t taps = args.kernel[2], stride = args.stride[2], dilation = args.dilation[2];
+void pool_row(const MaxPoolArgs& args, const float* row, float* best, T* out) {
+  const std::int64_t width = args.input_size[2], images = args.images, stride = args.stride[2];
   const std::int64_t count = args.output_size[2];
-  // Output pixels whose taps all lie inside the row: [first, last).
-  std::int64_t first = (args.padding[2] + stride - 1) / stride;
-  std::int64_t last = (width - 1 - (taps - 1) * dilation + args.padding[2]) / stride + 1;
-  if (width - 1 - (taps - 1) * dilation + args.padding[2] < 0) last = 0;
-  if (last > count) last = count;
-  if (first > last) first = last;
-  if (images == 1 && (stride == 1 || stride == 2)) {
-    const float* const begin = row + first * stride - args.padding[2];
-    if (stride == 1) slide<1>(begin, last - first, taps, dilation, out + first);
-    if (stride == 2) slide<2>(begin, last - first, taps, dilation, out + first);
-  } else {
-    first = last = 0;
-  }
-  for (std::int64_t x = 0; x < count; ++x) {
-    if (x == first) x = last;
-    if (x >= count) break;
-    for (std::int64_t i = 0; i < images; ++i) {
-      float best = kNegativeInfinity;
-      for (std::int64_t k = 0; k < taps; ++k) {
-        const std::int64_t from = x * stride + k * dilation - args.padding[2];
-        if (from >= 0 && from < width) best = larger(best, row[from * images + i]);
+  for (std::int64_t i = 0; i < count * images; ++i) best[i] = kNegativeInfinity;
+  for (std::int64_t k = 0; k < args.kernel[2]; ++k) {
+    // Output pixels [first, last) whose tap k lies inside the row.
+    const std::int64_t shift = k * args.dilation[2] - args.padding[2];
+    const std::int64_t first = shift < 0 ? (-shift + stride - 1) / stride : 0;
+    std::int64_t last = width - 1 - shift < 0 ? 0 : (width - 1 - shift) / stride + 1;
+    if (last > count) last = count;
+    if (first >= last) continue;
+    const float* const from = row + (first * stride + shift) * images;
+    if (stride == 1) {
+      fold_strided<1>(from, (last - first) * images, best + first * images);
+    } else if (images == 1 && stride == 2) {
+      fold_strided<2>(from, last - first, best + first);
+    } else {
+      for (std::int64_t x = 0; x < last - first; ++x) {
+        fold_strided<1>(from + x * stride * images, images, best + (first + x) * images);
       }
-      write(out + x * images + i, best);
     }
   }
+  for (std::int64_t i = 0; i < count * images; ++i) write(out + i, best[i]);
 }
 
 struct Job {
@@ -92,9 +83,11 @@ void run_channels(std::int64_t begin, std::int64_t end, void* context) {
   auto& job = *static_cast<Job*>(context);
   const MaxPoolArgs& args = *job.args;
   const std::int64_t values = args.input_size[2] * args.images;
-  auto* const row = static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(values)));
+  const std::int64_t pooled = args.output_size[2] * args.images;
+  const auto bytes = sizeof(float) * static_cast<std::size_t>(values + pooled);
+  auto* const row = static_cast<float*>(std::malloc(bytes));
   if (row == nullptr) {
-    job.status = {"Expected memory for one row of a max pooling"};
+    job.status = {"Expected memory for two rows of a max pooling"};
     return;
   }
   for (std::int64_t unit = begin; unit < end; ++unit) {
@@ -116,7 +109,8 @@ void run_channels(std::int64_t begin, std::int64_t end, void* context) {
             fold(in + iz * args.input_strides.slice + iy * args.input_strides.row, values, row);
           }
         }
-        pool_row(args, row, out + z * args.output_strides.slice + y * args.output_strides.row);
+        pool_row(args, row, row + values,
+                 out + z * args.output_strides.slice + y * args.output_strides.row);
       }
     }
   }

@@ -1,6 +1,6 @@
 """Types of the native module; see csrc/bindings.cpp."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 cuda_architectures: str | None
 cuda_version: str
@@ -43,9 +43,9 @@ def disagreement_cuda(
     stream: int,
 ) -> None: ...
 
-_PackedWeights = tuple[int, int, int, int, int]
-_Activations = tuple[int, int, int]
-_Tiles = tuple[int, int, int]
+_PackedWeights: TypeAlias = tuple[int, int, int, int, int]
+_Activations: TypeAlias = tuple[int, int, int]
+_Tiles: TypeAlias = tuple[int, int, int]
 
 def masked_conv_cpu(
     weights: _PackedWeights,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastpie.dual.capture import CaptureError, capture
 from fastpie.dual.inputs import as_arguments, batch_size, random_state
 from fastpie.dual.lowered import Lowered
 from fastpie.dual.output import DualOutput, Features
@@ -95,6 +94,9 @@ class DualEngine:
         if other is not None:
             reason = f"it computes in {other}, and the kernels in fp32 and bf16"
         else:
+            # Late: torch.export takes longer to import than the rest of fastpie.
+            from fastpie.dual.capture import CaptureError, capture
+
             try:
                 program = capture(
                     self._source.model,

@@ -188,6 +188,11 @@ class _Costs:
         self._program, self._state, self._steps = program, state, steps
         self._batch, self._dtype, self._tuner = batch, dtype, tuner
         self._geometries, self._layers = geometries, layers
+        self._makers = {program.steps[i].result: i for i in steps}
+        self._readers: dict[Value, list[int]] = {}
+        for i in steps:
+            for value in dict.fromkeys(program.steps[i].values()):
+                self._readers.setdefault(value, []).append(i)
         self._tensor: dict[int, float] = {}
         self._position: dict[int, Choice] = {}
         for i in steps:
@@ -218,34 +223,46 @@ class _Costs:
         return min((self._improve(start) for start in starts), key=self._total)
 
     def _improve(self, chosen: set[int]) -> set[int]:
-        best = self._total(chosen)
+        """Change the form of one layer, or of one and its readers, while that saves time."""
+        chosen = set(chosen)
         changed = True
         while changed:
             changed = False
             for i in self._position:
-                trial = chosen ^ {i}
-                total = self._total(trial)
-                if total < best:
-                    chosen, best, changed = trial, total, True
+                result = self._program.steps[i].result
+                readers = {j for j in self._readers.get(result, ()) if j in self._position}
+                for group in ({i}, {i, *readers}):
+                    values = {v for j in group for v in self._touched(j)}
+                    before = self._part(chosen, group, values)
+                    trial = chosen ^ group
+                    if self._part(trial, group, values) < before * (1 - 1e-9):
+                        chosen, changed = trial, True
         return chosen
 
+    def _touched(self, i: int) -> list[Value]:
+        step = self._program.steps[i]
+        return [*step.values(), step.result]
+
     def _total(self, chosen: set[int]) -> float:
-        total = 0.0
-        made: dict[Value, bool] = {}  # whether each value lies on positions
-        converted: set[tuple[Value, bool]] = set()
-        for i in self._steps:
-            step = self._program.steps[i]
-            here = i in chosen
-            total += self._position[i].seconds if here else self._tensor.get(i, 0.0)
-            for value in dict.fromkeys(step.values()):
-                there = made.get(value, False)
-                if here and value == step.values()[0] and self._takes_either(i):
-                    continue
-                if there != here and (value, here) not in converted:
-                    converted.add((value, here))
-                    total += self._time_conversion(value, to_positions=here)
-            made[step.result] = here
-        return total
+        values = {v for i in self._steps for v in self._touched(i)}
+        return self._part(chosen, set(self._steps), values)
+
+    def _part(self, chosen: set[int], steps: set[int], values: set[Value]) -> float:
+        """Seconds of some steps, and of converting some values."""
+        seconds = sum(
+            self._position[i].seconds if i in chosen else self._tensor.get(i, 0.0) for i in steps
+        )
+        return seconds + sum(self._conversion(value, chosen) for value in values)
+
+    def _conversion(self, value: Value, chosen: set[int]) -> float:
+        """Seconds to have a value in every form in which it is read."""
+        here = self._makers.get(value) in chosen
+        for i in self._readers.get(value, ()):
+            there = i in chosen
+            either = there and value == self._program.steps[i].values()[0] and self._takes_either(i)
+            if there != here and not either:
+                return self._time_conversion(value, to_positions=there)
+        return 0.0
 
     def _takes_either(self, i: int) -> bool:
         """Whether the layer copies its input anyway, from wherever it lies."""

@@ -247,14 +247,43 @@ def _affine(step: Affine, state: ModelState, dtype: torch.dtype) -> tuple[str, T
 
 
 def _call(step: Call, state: ModelState, dtype: torch.dtype) -> tuple[str, TensorStep]:
-    tensors = _copies(step, state, dtype)
+    """An operator of torch, in bf16 only if torch has it in bf16."""
+    copies = {dtype: _copies(step, state, dtype)}
 
-    def run(values: dict[Value, Any]) -> Any:
+    def compute(values: dict[Value, Any], kind: torch.dtype) -> Any:
         def resolve(leaf: Any) -> Any:
-            if isinstance(leaf, Value):
-                return values[leaf]
-            return tensors[leaf] if isinstance(leaf, TensorName) else leaf
+            if isinstance(leaf, TensorName):
+                return copies[kind][leaf]
+            value = values[leaf] if isinstance(leaf, Value) else leaf
+            if kind != dtype and isinstance(value, Tensor) and value.dtype == dtype:
+                return value.to(kind)
+            return value
 
         return step.target(*map_leaves(step.args, resolve), **map_leaves(step.kwargs, resolve))
 
+    def run(values: dict[Value, Any]) -> Any:
+        if torch.float32 in copies and dtype != torch.float32:
+            return _cast(compute(values, torch.float32), torch.float32, dtype)
+        try:
+            return compute(values, dtype)
+        except NotImplementedError:
+            if dtype == torch.float32:
+                raise
+        result = compute_in_fp32(values)
+        return _cast(result, torch.float32, dtype)
+
+    def compute_in_fp32(values: dict[Value, Any]) -> Any:
+        copies[torch.float32] = {
+            name: t.float() if t.dtype == dtype else t for name, t in copies[dtype].items()
+        }
+        return compute(values, torch.float32)
+
     return "torch", run
+
+
+def _cast(result: Any, given: torch.dtype, wanted: torch.dtype) -> Any:
+    if isinstance(result, Tensor):
+        return result.to(wanted) if result.dtype == given else result
+    if isinstance(result, list | tuple):
+        return type(result)(_cast(item, given, wanted) for item in result)
+    return result

@@ -473,9 +473,15 @@ class _Run:
                 own = _statistics(private)
                 for name, value in self._stored_statistics(stored).items():
                     own[name].copy_(value)
-            return private.compile(
-                args, precision=self.config["precision"], backend=self.config["backend"]
+            engine = private.compile(
+                args,
+                precision=self.config["precision"],
+                backend=self.config["backend"],
+                plan=None if fresh else self._stored_plan(),
             )
+            if fresh:  # kernels are chosen by timing: what goes on later must choose alike
+                self.folder.write_file("plan.json", json.dumps(engine.plan).encode())
+            return engine
         except (FastpieError, OSError):
             raise
         except Exception as error:
@@ -483,6 +489,15 @@ class _Run:
             raise FastpieError(
                 f"Expected the model to take a batch of shape {shapes}, but it raised "
                 f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _stored_plan(self) -> dict[str, Any] | None:
+        path = self.folder.path / "plan.json"
+        try:
+            return dict(json.loads(path.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise FastpieError(
+                f"Expected the plan of the run in {path}, but: {error}. Choose another folder."
             ) from error
 
     def _stored_statistics(self, path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """The run folder: what a run has written, whole or not at all.
 
 Layout: `run.json`, `scores/part-<n>.parquet`, `errors.parquet`, `masks.safetensors`,
-`recalibration.safetensors` (networks with BatchNorm), `sample_ids.json` (data sets that tell ids only
+`recalibration.safetensors` (networks with BatchNorm), `plan.json` (the kernels of the engine),
+`sample_ids.json` (data sets that tell ids only
 through their items), `report.html`, `.lock`, and where asked for `logits/`, `features/`. A part is written in the order errors, logits and features, scores, and is
 done when its scores are there and every sample of it is in the scores or in the errors. What a crash
 leaves behind can then be told from what holds: an error of a part that is not done, or of a sample
@@ -46,6 +47,7 @@ _TEMPORARY = tuple(
         "run.json.",
         "masks.",
         "recalibration.",
+        "plan.",
         "report.",
         "sample_ids.",
     )
