@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastpie.dual.plan import Choice, Geometries, PassPlan, Segment, layers_of, plan_pass
+from fastpie.dual.plan import (
+    Choice,
+    Geometries,
+    PassPlan,
+    Segment,
+    image_values,
+    layers_of,
+    plan_pass,
+)
 from fastpie.dual.program import Program, TensorName, Value
 from fastpie.dual.segment import Code, Workspace, compile_segment
 from fastpie.dual.states import ModelState, owners, states_of
+from fastpie.dual.tensor_steps import channels_last
 from fastpie.dual.tuning import Tuner
 from fastpie.errors import FastpieError
 from fastpie.ops.positions import Positions
@@ -155,7 +165,7 @@ class Lowered:
             plan = plans.get(m)
             sparse = {i for i, c in plan.choices.items() if c.positions} if plan else set()
             if plan is None or set(plan.choices) != set(own[m]) or not sparse <= set(layers[m]):
-                plan = plan_pass(
+                candidates = plan_pass(
                     program,
                     state,
                     own[m],
@@ -165,10 +175,61 @@ class Lowered:
                     geometries=geometries,
                     layers=layers[m],
                 )
+                compiled = self._fastest(m, candidates, state, geometries)
             else:
                 plan = PassPlan(plan.choices, {i: layers[m][i] for i in sparse}, plan.segments)
-            self.passes.append(_Pass(m, plan, self._compile(m, plan, state, geometries)))
+                compiled = _Pass(m, plan, self._compile(m, plan, state, geometries))
+            self.passes.append(compiled)
         self._workspaces: list[list[Workspace]] = []  # one for each pass; free ones
+
+    def _fastest(
+        self, model: int, plans: Sequence[PassPlan], state: ModelState, geometries: Geometries
+    ) -> _Pass:
+        """The faster of several plans, each timed as a whole pass on random inputs."""
+        passes: dict[int, _Pass] = {}
+
+        def compiled(k: int) -> _Pass:
+            if k not in passes:
+                codes = self._compile(model, plans[k], state, geometries)
+                passes[k] = _Pass(model, plans[k], codes)
+            return passes[k]
+
+        images = image_values(self.program)
+        outside = {v for code in compiled(0).codes for v in code.inputs}
+        if not plans[0].layers or not outside <= images:
+            return compiled(0)
+        inputs: dict[Value, Any] = {}
+
+        def prepare(k: int) -> Callable[[], Any]:
+            one = compiled(k)
+            space = Workspace(one.codes, self._batch)
+            made: dict[Value, Any] = {}
+
+            def run() -> None:
+                for index, code in enumerate(one.codes):
+                    for value in code.inputs:
+                        if value not in made and value not in inputs:
+                            inputs[value] = self._random(value)
+                    taken = {v: made[v] if v in made else inputs[v] for v in code.inputs}
+                    made.update(code.run(taken, self._batch, space, index))
+
+            return run
+
+        def seconds(k: int) -> float:
+            text = repr([(i, c.kernel, c.seconds) for i, c in plans[k].choices.items()])
+            key = ("pass", hashlib.sha256(text.encode()).hexdigest(), self._batch, str(self._dtype))
+            return self._tuner.seconds(key, lambda: prepare(k))
+
+        return compiled(min(range(len(plans)), key=seconds))
+
+    def _random(self, value: Value) -> Any:
+        """Something of a value's shape, to time with."""
+        meta = self.program.meta[value]
+        shape = [self._batch if n is None else n for n in meta.shape]
+        if not meta.dtype.is_floating_point:
+            return torch.zeros(shape, dtype=meta.dtype)
+        dtype = self._dtype if meta.dtype == torch.float32 else meta.dtype
+        return channels_last(torch.randn(shape).to(dtype))
 
     def _compile(
         self, model: int, plan: PassPlan, state: ModelState, geometries: Geometries

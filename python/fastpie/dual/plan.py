@@ -151,8 +151,11 @@ def plan_pass(
     tuner: Tuner,
     geometries: Geometries,
     layers: dict[int, Layer],
-) -> PassPlan:
+) -> tuple[PassPlan, PassPlan]:
     """Choose form and kernel of each step of one model.
+
+    Returns the plan of least seconds by the times of single layers, and the one on tensors alone:
+    caches and memory see the whole, so the two are to be timed as passes.
 
     Args:
         program: the captured model.
@@ -165,10 +168,12 @@ def plan_pass(
         layers: the steps that can run on positions.
     """
     costs = _Costs(program, state, steps, batch, dtype, tuner, geometries, layers)
-    on_positions = costs.choose()
-    choices = {i: costs.choice(i, i in on_positions) for i in steps}
-    segments = _segments(program, steps, choices, layers, geometries, batch)
-    return PassPlan(choices, {i: layers[i] for i in on_positions}, segments)
+    plans = []
+    for on_positions in (costs.choose(), set[int]()):
+        choices = {i: costs.choice(i, i in on_positions) for i in steps}
+        segments = _segments(program, steps, choices, layers, geometries, batch)
+        plans.append(PassPlan(choices, {i: layers[i] for i in on_positions}, segments))
+    return plans[0], plans[1]
 
 
 class _Costs:
@@ -323,8 +328,10 @@ class _Costs:
             return Choice(True, "in place")
         if layer.kind == "convolution":
             assert isinstance(layer.step, Convolution | Linear)
-            keep = self._state.keep[layer.step.weight]
-            density = float(f"{keep.sum().item() / keep.numel():.1e}")
+            density = 1.0
+            if layer.step.weight in self._state.keep:
+                keep = self._state.keep[layer.step.weight]
+                density = float(f"{keep.sum().item() / keep.numel():.1e}")
             blocks = (False,) if self._dtype == torch.bfloat16 else (True, False)
             options = [(lines, blocked) for lines in _LINES for blocked in blocks]
         timed = []
@@ -510,7 +517,6 @@ _INDEPENDENT = {
         "conv_transpose1d",
         "conv_transpose2d",
         "conv_transpose3d",
-        "constant_pad_nd",
         "pixel_shuffle",
         "linear",
         "layer_norm",
@@ -553,6 +559,8 @@ def _keeps_images_apart(program: Program, step: Call) -> bool:
         return isinstance(dims, list | tuple) and len(dims) > 0 and all(d % before for d in dims)
     if name == "aten.cat":
         return len(step.args) > 1 and step.args[1] % rank != 0
+    if name in ("aten.pad", "aten.constant_pad_nd"):
+        return len(step.args[1]) // 2 < rank
     if name == "aten.flatten":
         return len(step.args) > 1 and step.args[1] > 0
     return name == "aten.softmax" and step.args[1] % rank != 0

@@ -31,7 +31,8 @@ __all__ = ["Layer", "Size", "as_5d", "layer_of", "pack", "position_step", "same_
 Size = tuple[int, int, int]
 
 _MAX_DENSITY = 0.6
-"""Above it no layer was faster on positions than by oneDNN (docs/design/cpu-engine.md)."""
+"""Above it no layer was faster on positions than by oneDNN (docs/design/cpu-engine.md), but for
+depthwise ones, which memory binds in either form."""
 
 _MAX_HALO = 0.34
 """Zeros that a geometry may hold for each pixel along an axis: wide dilations go to oneDNN."""
@@ -113,14 +114,17 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
     one = same_views(size)
     if isinstance(step, Convolution | Linear):
         keep = state.keep.get(step.weight)
-        if keep is None or keep.sum() > _MAX_DENSITY * keep.numel():
+        weight = state.tensors[step.weight]
+        dense = keep is None or keep.sum() > _MAX_DENSITY * keep.numel()
+        depthwise = isinstance(step, Convolution) and weight.shape[1] == 1 and step.groups > 1
+        if weight.numel() == 0 or (dense and not depthwise):
             return None
         if not _known_activation(known_slope(step.activation, state)):
             return None
         if isinstance(step, Linear):
             return Layer("convolution", step, channels, size, before[1], one, (1, 1, 1))
         stride = _three(step.stride, rank, 1)
-        kernel = _three(list(keep.shape[2:]), rank, 1)
+        kernel = _three(list(weight.shape[2:]), rank, 1)
         padding = _three(step.padding, rank, 0)
         views = views_of(before[1], kernel, stride, padding, _three(step.dilation, rank, 1))
         return _if_halo_fits(Layer("convolution", step, channels, size, before[1], views, stride))
@@ -228,10 +232,10 @@ def _convolution(
     step = layer.step
     assert isinstance(step, Convolution | Linear)
     folded = fold(step, state)
-    assert folded.keep is not None
+    keep = torch.ones_like(folded.weight, dtype=torch.bool) if folded.keep is None else folded.keep
     packed = PackedConv(
         as_5d(folded.weight),
-        as_5d(folded.keep),
+        as_5d(keep),
         layer.views,
         positions,
         groups=step.groups if isinstance(step, Convolution) else 1,
