@@ -139,6 +139,33 @@ void masked_conv_cpu(const PackedWeights& weights, std::uintptr_t bias, const Ac
   check(cpu::masked_conv(args, threads));
 }
 
+// (weights, bias, input, output, residual, activation, slope) of each layer.
+using ChainLayer =
+    std::tuple<PackedWeights, std::uintptr_t, Activations, Activations, Activations, int, float>;
+
+void masked_conv_chain_cpu(const std::vector<ChainLayer>& layers,
+                           const std::vector<std::int64_t>& lags, const Tiles& tiles, int dtype,
+                           std::int64_t groups, int threads) {
+  if (layers.size() != lags.size()) throw std::invalid_argument("Expected one lag for each layer");
+  std::vector<MaskedConvArgs> all;
+  all.reserve(layers.size());
+  for (const auto& [weights, bias, input, output, residual, activation, slope] : layers) {
+    MaskedConvArgs args = masked_conv_args(weights, input, output, tiles, dtype, groups);
+    args.bias = pointer<const float>(bias);
+    args.residual = pointer<const void>(std::get<0>(residual));
+    args.residual_group = std::get<1>(residual);
+    args.residual_channel = std::get<2>(residual);
+    args.activation = activation_of(activation, slope);
+    all.push_back(args);
+  }
+  for (const std::int64_t lag : lags) {
+    if (lag < 0) throw std::invalid_argument("Expected lags >= 0");
+  }
+  py::gil_scoped_release release;
+  check(cpu::masked_conv_chain({all.data(), lags.data(), static_cast<std::int64_t>(all.size())},
+                               threads));
+}
+
 void masked_conv_weight_gradient_cpu(const PackedWeights& weights, const Activations& input,
                                      const Activations& output_gradient, const Tiles& tiles,
                                      std::int64_t groups, std::uintptr_t gradient, int threads) {
@@ -299,6 +326,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("null_cpu", &null_cpu);
   m.def("disagreement_cpu", &disagreement_cpu);
   m.def("masked_conv_cpu", &masked_conv_cpu);
+  m.def("masked_conv_chain_cpu", &masked_conv_chain_cpu);
   m.def("masked_conv_weight_gradient_cpu", &masked_conv_weight_gradient_cpu);
   define_packing(m, &pack_args);
   m.def("max_pool_cpu", &max_pool_cpu);

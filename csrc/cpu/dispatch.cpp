@@ -16,6 +16,7 @@ namespace fastpie::cpu {
   X(null, NullArgs)                                            \
   X(disagreement, DisagreementArgs)                            \
   X(masked_conv, MaskedConvArgs)                               \
+  X(masked_conv_chain, MaskedConvChainArgs)                    \
   X(masked_conv_weight_gradient, MaskedConvWeightGradientArgs) \
   X(max_pool, MaxPoolArgs)                                     \
   X(relayout, RelayoutArgs)

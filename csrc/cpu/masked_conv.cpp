@@ -306,39 +306,61 @@ RunTile<T> tile_function(int lines) {
   }
 }
 
+template <typename T>
+void run_unit(const MaskedConvArgs& args, std::int64_t group, std::int64_t tile_index,
+              std::int64_t chunk) {
+  constexpr int kLine = 64 / sizeof(T);
+  constexpr int kMax = max_lines(static_cast<const T*>(nullptr));
+  const MaskedTile tile = args.tiles[tile_index];
+  const std::int64_t first = args.chunk_channels[chunk];
+  const std::int64_t channels = args.chunk_channels[chunk + 1] - first;
+  // As even a cut as the registers allow.
+  const int passes = (tile.lines + kMax - 1) / kMax;
+  for (int pass = 0; pass < passes; ++pass) {
+    const int from = tile.lines * pass / passes;
+    const int lines = tile.lines * (pass + 1) / passes - from;
+    const std::int64_t position = tile.position + static_cast<std::int64_t>(from) * kLine;
+    Work<T> work{};
+    work.entries = args.entries;
+    work.count = channels;
+    work.input = static_cast<const T*>(args.input) + group * args.input_group + position;
+    work.output = static_cast<T*>(args.output) + group * args.output_group + position;
+    if (args.residual != nullptr) {
+      work.residual = static_cast<const T*>(args.residual) + group * args.residual_group + position;
+    }
+    work.valid = args.valid == nullptr ? nullptr : args.valid + position / kLine;
+    const RunTile<T> run = tile_function<T>(lines);
+    for (std::int64_t block = 0; block < args.blocks; ++block) {
+      work.rows = args.rows + first * args.blocks + block * channels;
+      run(args, work, block == 0, block == args.blocks - 1);
+    }
+  }
+}
+
 // Units are numbered group by group, so that a thread's share is whole images where there are
 // several, and its next layer finds them in its own cache.
 template <typename T>
 void run_units(std::int64_t begin, std::int64_t end, void* context) {
   const auto& args = *static_cast<const MaskedConvArgs*>(context);
-  constexpr int kLine = 64 / sizeof(T);
-  constexpr int kMax = max_lines(static_cast<const T*>(nullptr));
   for (std::int64_t unit = begin; unit < end; ++unit) {
-    const std::int64_t chunk = unit % args.chunks;
-    const MaskedTile tile = args.tiles[(unit / args.chunks) % args.tile_count];
-    const std::int64_t group = unit / (args.chunks * args.tile_count);
-    const std::int64_t first = args.chunk_channels[chunk];
-    const std::int64_t channels = args.chunk_channels[chunk + 1] - first;
-    // As even a cut as the registers allow.
-    const int passes = (tile.lines + kMax - 1) / kMax;
-    for (int pass = 0; pass < passes; ++pass) {
-      const int from = tile.lines * pass / passes;
-      const int lines = tile.lines * (pass + 1) / passes - from;
-      const std::int64_t position = tile.position + static_cast<std::int64_t>(from) * kLine;
-      Work<T> work{};
-      work.entries = args.entries;
-      work.count = channels;
-      work.input = static_cast<const T*>(args.input) + group * args.input_group + position;
-      work.output = static_cast<T*>(args.output) + group * args.output_group + position;
-      if (args.residual != nullptr) {
-        work.residual =
-            static_cast<const T*>(args.residual) + group * args.residual_group + position;
-      }
-      work.valid = args.valid == nullptr ? nullptr : args.valid + position / kLine;
-      const RunTile<T> run = tile_function<T>(lines);
-      for (std::int64_t block = 0; block < args.blocks; ++block) {
-        work.rows = args.rows + first * args.blocks + block * channels;
-        run(args, work, block == 0, block == args.blocks - 1);
+    const std::int64_t tile = unit / args.chunks;
+    run_unit<T>(args, tile / args.tile_count, tile % args.tile_count, unit % args.chunks);
+  }
+}
+
+template <typename T>
+void run_groups(std::int64_t begin, std::int64_t end, void* context) {
+  const auto& chain = *static_cast<const MaskedConvChainArgs*>(context);
+  const std::int64_t tiles = chain.layers[0].tile_count;
+  std::int64_t longest = 0;
+  for (std::int64_t k = 0; k < chain.count; ++k) {
+    if (chain.lags[k] > longest) longest = chain.lags[k];
+  }
+  for (std::int64_t group = begin; group < end; ++group) {
+    for (std::int64_t step = 0; step < tiles + longest; ++step) {
+      for (std::int64_t k = 0; k < chain.count; ++k) {
+        const std::int64_t tile = step - chain.lags[k];
+        if (tile >= 0 && tile < tiles) run_unit<T>(chain.layers[k], group, tile, 0);
       }
     }
   }
@@ -358,6 +380,33 @@ Status masked_conv(const MaskedConvArgs& args, int threads) {
       return {};
     case DType::kBFloat16:
       parallel_ranges(units, threads, &run_units<std::uint16_t>, context);
+      return {};
+    case DType::kFloat16:
+      break;
+  }
+  return {"Expected dtype to be fp32 or bf16"};
+}
+
+Status masked_conv_chain(const MaskedConvChainArgs& args, int threads) {
+  if (args.count == 0) return {};
+  const MaskedConvArgs& first = args.layers[0];
+  for (std::int64_t k = 0; k < args.count; ++k) {
+    const MaskedConvArgs& layer = args.layers[k];
+    if (layer.dtype != first.dtype || layer.groups != first.groups || layer.tiles != first.tiles ||
+        layer.tile_count != first.tile_count || layer.chunks != 1) {
+      return {"Expected the layers of a chain to have one dtype, the same tiles and one chunk"};
+    }
+    if (layer.dtype == DType::kBFloat16 && layer.blocks != 1) {
+      return {"Expected weights packed in one block for bf16: partial sums are fp32"};
+    }
+  }
+  void* const context = const_cast<MaskedConvChainArgs*>(&args);
+  switch (first.dtype) {
+    case DType::kFloat32:
+      parallel_ranges(first.groups, threads, &run_groups<float>, context);
+      return {};
+    case DType::kBFloat16:
+      parallel_ranges(first.groups, threads, &run_groups<std::uint16_t>, context);
       return {};
     case DType::kFloat16:
       break;

@@ -61,6 +61,15 @@ def masked_conv_cpu(
     threads: int,
     /,
 ) -> None: ...
+def masked_conv_chain_cpu(
+    layers: list[tuple[_PackedWeights, int, _Activations, _Activations, _Activations, int, float]],
+    lags: list[int],
+    tiles: _Tiles,
+    dtype: int,
+    groups: int,
+    threads: int,
+    /,
+) -> None: ...
 def masked_conv_weight_gradient_cpu(
     weights: _PackedWeights,
     input: _Activations,

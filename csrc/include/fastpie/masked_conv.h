@@ -68,6 +68,19 @@ struct MaskedConvArgs {
   Activation activation;
 };
 
+// masked_conv_chain: layers of one geometry, each reading what others before it wrote, tile by tile
+// instead of layer by layer, so that a tile is read again while it is in the cache.
+//
+// In step s layer k computes tile s - lags[k], in the order of `layers`. A layer must lag behind
+// the one it reads from by as many tiles as its views reach ahead. All layers have the same dtype,
+// groups, tiles and valid bits, and one chunk. The result is that of calling masked_conv for one
+// layer after another. Groups go to threads.
+struct MaskedConvChainArgs {
+  const MaskedConvArgs* layers;  // [count]
+  const std::int64_t* lags;      // [count] >= 0
+  std::int64_t count;
+};
+
 // masked_conv_weight_gradient: the gradient of each kept weight,
 //
 //   gradient[row.begin + i] += sum over g and positions of output_gradient[g][row.channel][p]
@@ -110,6 +123,7 @@ Status pack_masked_conv(const PackMaskedConvArgs& args, MaskedEntry* entries, Ma
 
 namespace cpu {
 Status masked_conv(const MaskedConvArgs& args, int threads);
+Status masked_conv_chain(const MaskedConvChainArgs& args, int threads);
 Status masked_conv_weight_gradient(const MaskedConvWeightGradientArgs& args, int threads);
 }  // namespace cpu
 

@@ -308,9 +308,7 @@ class Lowered:
                     taken = {v: values[v, self._owners[v][one.model]] for v in code.inputs}
                     timed = None
                     if seconds is not None:
-                        timed = seconds.setdefault(
-                            (one.model, index), [0.0] * len(code.instructions)
-                        )
+                        timed = seconds.setdefault((one.model, index), [0.0] * len(code.parts()))
                     results = code.run(taken, max(images, 1), space, index, timed)
                     values.update({(v, one.model): x for v, x in results.items()})
         finally:
@@ -357,15 +355,15 @@ class Lowered:
         return [
             {
                 "model": names[one.model],
-                "layer": instruction.name,
-                "kernel": instruction.kernel,
+                "layer": part.name,
+                "kernel": part.kernel,
                 "seconds": spent,
                 "images": code.images or self._batch,
-                "over": self._over(one.plan, instruction.step),
+                "over": self._over(one.plan, part.step),
             }
             for one in self.passes
             for index, code in enumerate(one.codes)
-            for instruction, spent in zip(code.instructions, seconds[one.model, index], strict=True)
+            for part, spent in zip(code.parts(), seconds[one.model, index], strict=True)
         ]
 
     def _over(self, plan: PassPlan, step: int | None) -> list[dict[str, Any]]:

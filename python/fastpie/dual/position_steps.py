@@ -26,7 +26,17 @@ from fastpie.ops import _native
 from fastpie.ops.packing import ACTIVATIONS, PackedConv, from_positions, to_positions
 from fastpie.ops.positions import Buffer, Positions, Views, dtype_code, views_of
 
-__all__ = ["Layer", "Size", "as_5d", "layer_of", "pack", "position_step", "same_views", "unpack"]
+__all__ = [
+    "Layer",
+    "PackedStep",
+    "Size",
+    "as_5d",
+    "layer_of",
+    "pack",
+    "position_step",
+    "same_views",
+    "unpack",
+]
 
 Size = tuple[int, int, int]
 
@@ -211,19 +221,41 @@ def position_step(
     return _affine(layer, state)
 
 
-def _run_packed(layer: Layer, packed: PackedConv, activation: Activation | None) -> PositionStep:
-    name = "none" if activation is None else activation.name
-    slope = 0.0 if activation is None else float(activation.slope)
+@dataclass(frozen=True)
+class PackedStep:
+    """A convolution as a PositionStep, open to be chained with others."""
 
-    def run(
-        source: Any, apart: Buffer | None, output: Buffer, residual: Buffer | None, images: int
+    layer: Layer
+    packed: PackedConv
+    activation: str
+    slope: float
+
+    def __call__(
+        self,
+        source: Any,
+        apart: Buffer | None,
+        output: Buffer,
+        residual: Buffer | None,
+        images: int,
     ) -> None:
+        """Compute the layer; see PositionStep."""
         if apart is not None:
-            to_positions(source, apart, layer.views, layer.stride, images=images)
+            to_positions(source, apart, self.layer.views, self.layer.stride, images=images)
             source = apart
-        packed.run(source, output, images, residual=residual, activation=name, slope=slope)
+        self.packed.run(
+            source,
+            output,
+            images,
+            residual=residual,
+            activation=self.activation,
+            slope=self.slope,
+        )
 
-    return run
+
+def _run_packed(layer: Layer, packed: PackedConv, activation: Activation | None) -> PackedStep:
+    if activation is None:
+        return PackedStep(layer, packed, "none", 0.0)
+    return PackedStep(layer, packed, activation.name, float(activation.slope))
 
 
 def _convolution(

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastpie.dual.plan import Choice, Geometries, Segment, chunks_for, final_values
 from fastpie.dual.position_steps import (
     Layer,
+    PackedStep,
+    PositionStep,
     Size,
     as_5d,
     pack,
@@ -23,7 +25,7 @@ from fastpie.dual.position_steps import (
 from fastpie.dual.program import Affine, Call, Convolution, Program, Value
 from fastpie.dual.states import ModelState
 from fastpie.dual.tensor_steps import tensor_step
-from fastpie.ops.packing import to_positions
+from fastpie.ops.packing import run_chain, to_positions
 from fastpie.ops.positions import Buffer, Positions
 
 __all__ = ["Code", "Workspace", "compile_segment"]
@@ -43,23 +45,50 @@ class Frame:
     whole: dict[Value, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class Instruction:
-    """One call of a kernel.
+@dataclass(frozen=True)
+class Part:
+    """One layer or conversion.
 
     Attributes:
         step: position of the step in the program, or None for a conversion.
         name: of the step.
         kernel: of the call.
-        run: the call.
-        drop: values that nothing needs after it.
+        run: computes it alone.
     """
 
     step: int | None
     name: str
     kernel: str
     run: Callable[[Frame], None]
-    drop: tuple[Value, ...] = ()
+
+
+@dataclass
+class Instruction:
+    """One call of a kernel: of one layer, or of several chained ones.
+
+    Attributes:
+        parts: the layers.
+        run: the call.
+        drop: values that nothing needs after it.
+    """
+
+    parts: list[Part]
+    run: Callable[[Frame], None]
+    drop: list[Value] = field(default_factory=list)
+
+    def timed(self, frame: Frame) -> list[float]:
+        """Run, and the seconds of each part: of chained ones its share by what each takes alone."""
+        start = time.perf_counter()
+        self.run(frame)
+        together = time.perf_counter() - start
+        if len(self.parts) == 1:
+            return [together]
+        alone = []
+        for part in self.parts:  # computes the same again
+            start = time.perf_counter()
+            part.run(frame)
+            alone.append(time.perf_counter() - start)
+        return [together * seconds / sum(alone) for seconds in alone]
 
 
 @dataclass(frozen=True)
@@ -79,6 +108,9 @@ class _Storage:
     positions: Positions
     planes: int  # of each group
     users: int = 0  # places in use
+    # Within a chain: whether a layer of it wrote here, and the lag from which another may.
+    chained: bool = False
+    free_from: float | None = None
 
 
 class Workspace:
@@ -104,7 +136,9 @@ class Workspace:
                         images,
                         within=whole[p.storage] if p.held is None else held[p.held],
                         first=p.first,
-                        of=p.of,
+                        # A group keeps its planes whatever value lies there: in a chain the
+                        # groups are not equally far.
+                        of=p.of if p.held is not None else code.storages[p.storage].planes,
                     )
                     for p in code.places
                 ]
@@ -131,6 +165,10 @@ class Code:
     storages: list[_Storage]
     places: list[_Place]
 
+    def parts(self) -> list[Part]:
+        """The parts of all instructions, in order."""
+        return [part for instruction in self.instructions for part in instruction.parts]
+
     def run(
         self,
         values: dict[Value, Any],
@@ -154,13 +192,14 @@ class Code:
                 frame.values = {v: values[v] for v in self.inputs}
             else:
                 frame.values = {v: values[v][first : first + images] for v in self.inputs}
-            for position, instruction in enumerate(self.instructions):
+            position = 0
+            for instruction in self.instructions:
                 if seconds is None:
                     instruction.run(frame)
                 else:
-                    start = time.perf_counter()
-                    instruction.run(frame)
-                    seconds[position] += time.perf_counter() - start
+                    for spent in instruction.timed(frame):
+                        seconds[position] += spent
+                        position += 1
                 for value in instruction.drop:
                     del frame.values[value]
             for value, part in parts.items():
@@ -208,6 +247,22 @@ def compile_segment(
     ).compile()
 
 
+@dataclass
+class _Member:
+    """A layer of a chain."""
+
+    step: int
+    run: PackedStep
+    source: int  # places
+    output: int
+    residual: int | None
+    lag: int
+    kernel: str
+
+
+_CHAIN_LINES = 8  # of a tile: the tiles of a bottleneck of ResNet-50 together fit 1 MiB of L2
+
+
 class _Compiler:
     def __init__(
         self,
@@ -246,6 +301,8 @@ class _Compiler:
         self._storages: list[_Storage] = []
         self._places: list[_Place] = []
         self._slots: dict[Value, tuple[int, int, int]] = {}  # root, first channel, of
+        self._chain: list[_Member] = []
+        self._chain_drop: list[Value] = []
         self._roots: dict[int, tuple[int, int]] = {}  # storage, values that still need it
         self._root_users: dict[int, set[Value]] = {}
 
@@ -269,6 +326,7 @@ class _Compiler:
             else:
                 self._on_tensors(i)
             self._release(i, begin)
+        self._end_chain()
         outputs = [v for v in self._made if v in self._wanted]
         return Code(
             self._segment.images,
@@ -283,6 +341,7 @@ class _Compiler:
     # ------------------------------------------------------------------ tensors
 
     def _on_tensors(self, i: int) -> None:
+        self._end_chain()
         step = self._program.steps[i]
         for value in dict.fromkeys(step.values()):
             self._need_tensor(value)
@@ -327,6 +386,7 @@ class _Compiler:
     def _need_tensor(self, value: Value) -> None:
         if value in self._tensors:
             return
+        self._end_chain()
         place = self._where[value]
         shape = tuple(int(n or 0) for n in self._program.meta[value].shape[1:])
         memory = _FORMATS.get(len(shape) + 1, torch.contiguous_format)
@@ -370,21 +430,44 @@ class _Compiler:
         if isinstance(step, Convolution) and step.residual is not None:
             self._need_positions(step.residual, layer.size)
             residual = self._where[step.residual]
-        apart = None
-        if copies and layer.kind != "affine":
-            channels = int(self._program.meta[source].shape[1] or 0) * len(layer.views.phases)
-            apart = self._allocate(positions, channels, private=True)
-        output = self._allocate_for(step.result, positions, layer.channels)
         chunks = chunks_for(positions, self._images, choice.lines)
+        chains = (
+            layer.kind == "convolution"
+            and not copies
+            and positions.groups(self._images) >= torch.get_num_threads()
+        )
+        if not chains or (self._chain and self._chain[0].run.packed.positions != positions):
+            self._end_chain()
         run = position_step(
             layer,
             self._state,
             positions,
             lines=choice.lines,
             blocked=choice.blocked,
-            chunks=chunks,
+            chunks=1 if chains else chunks,
         )
-        place = None if from_tensor else self._where[source]
+        if chains:
+            assert isinstance(run, PackedStep)
+            self._chain_on(i, run, self._where[source], residual, layer, choice)
+        else:
+            self._alone(i, run, layer, choice, None if from_tensor else self._where[source])
+        if step.result in self._wanted:
+            self._need_tensor(step.result)
+
+    def _alone(
+        self, i: int, run: PositionStep, layer: Layer, choice: Choice, place: int | None
+    ) -> None:
+        step = self._program.steps[i]
+        source = step.values()[0]
+        positions = self._geometries.of(layer.size)
+        residual = None
+        if isinstance(step, Convolution) and step.residual is not None:
+            residual = self._where[step.residual]
+        apart = None
+        if layer.kind != "affine" and not layer.reads_in_place:
+            channels = int(self._program.meta[source].shape[1] or 0) * len(layer.views.phases)
+            apart = self._allocate(positions, channels, private=True)
+        output = self._allocate_for(step.result, positions, layer.channels)
 
         def execute(frame: Frame) -> None:
             buffers = frame.buffers
@@ -398,12 +481,90 @@ class _Compiler:
 
         self._emit(i, choice.kernel, execute)
         self._where[step.result] = output
-        if step.result in self._wanted:
-            self._need_tensor(step.result)
+
+    # ------------------------------------------------------------------ chains
+
+    def _chain_on(
+        self,
+        i: int,
+        run: PackedStep,
+        source: int,
+        residual: int | None,
+        layer: Layer,
+        choice: Choice,
+    ) -> None:
+        """Add a layer to the chain; see MaskedConvChainArgs for its lag."""
+        behind, ahead = run.packed.reach(_CHAIN_LINES)
+        lags = {member.output: member.lag for member in self._chain}
+        lag = max(
+            lags[source] + ahead if source in lags else 0,
+            lags.get(residual, 0) if residual is not None else 0,
+        )
+        for place, reach in ((source, behind), (residual, 0)):
+            if place is not None and self._places[place].held is None:
+                storage = self._storages[self._places[place].storage]
+                until = float(lag + reach) if storage.chained else float("inf")
+                storage.free_from = max(storage.free_from or 0.0, until)
+        result = self._program.steps[i].result
+        positions = run.packed.positions
+        output = self._allocate_for(result, positions, layer.channels, lag=lag)
+        if self._places[output].held is None:
+            storage = self._storages[self._places[output].storage]
+            storage.chained, storage.free_from = True, float(lag)
+        self._chain.append(_Member(i, run, source, output, residual, lag, choice.kernel))
+        self._where[result] = output
+
+    def _end_chain(self) -> None:
+        """Emit the chain so far."""
+        members, self._chain = self._chain, []
+        drop, self._chain_drop = self._chain_drop, []
+        for storage in self._storages:
+            storage.chained, storage.free_from = False, None
+        if not members:
+            return
+        positions = members[0].run.packed.positions
+        threads = torch.get_num_threads()
+
+        def part(member: _Member) -> Part:
+            def execute(frame: Frame) -> None:
+                buffers = frame.buffers
+                residual = None if member.residual is None else buffers[member.residual]
+                member.run(
+                    buffers[member.source], None, buffers[member.output], residual, frame.images
+                )
+
+            return Part(member.step, self._program.steps[member.step].name, member.kernel, execute)
+
+        parts = [part(member) for member in members]
+        lags = [member.lag for member in members]
+
+        def together(frame: Frame) -> None:
+            if positions.groups(frame.images) < threads:  # layer by layer all threads have work
+                for one in parts:
+                    one.run(frame)
+                return
+            buffers = frame.buffers
+            layers = [
+                m.run.packed.layer(
+                    buffers[m.source],
+                    buffers[m.output],
+                    residual=None if m.residual is None else buffers[m.residual],
+                    activation=m.run.activation,
+                    slope=m.run.slope,
+                )
+                for m in members
+            ]
+            run_chain(layers, lags, positions, _CHAIN_LINES, frame.images)
+
+        run = parts[0].run if len(parts) == 1 else together
+        self._instructions.append(Instruction(parts, run, drop))
+
+    # ------------------------------------------------------------------ conversions
 
     def _need_positions(self, value: Value, size: Size) -> None:
         if value in self._where:
             return
+        self._end_chain()
         positions = self._geometries.of(size)
         channels = int(self._program.meta[value].shape[1] or 0)
         place = self._allocate_for(value, positions, channels)
@@ -415,6 +576,7 @@ class _Compiler:
         self._where[value] = place
 
     def _concatenate(self, i: int, layer: Layer, positions: Positions) -> None:
+        self._end_chain()
         step = self._program.steps[i]
         for value in dict.fromkeys(step.values()):
             self._need_positions(value, layer.size)
@@ -481,11 +643,13 @@ class _Compiler:
         self._places.append(_Place(-1, positions, channels, 0, channels, held=value))
         return len(self._places) - 1
 
-    def _allocate_for(self, value: Value, positions: Positions, channels: int) -> int:
+    def _allocate_for(
+        self, value: Value, positions: Positions, channels: int, *, lag: int | None = None
+    ) -> int:
         if value in self._hold:
             return self._hold_place(value, positions, channels)
         if value not in self._slots:
-            return self._allocate(positions, channels)
+            return self._allocate(positions, channels, lag=lag)
         root, first, of = self._slots[value]
         if root not in self._roots:
             place = self._allocate(positions, of)
@@ -494,12 +658,27 @@ class _Compiler:
         self._places.append(_Place(storage, positions, channels, first, of))
         return len(self._places) - 1
 
-    def _allocate(self, positions: Positions, channels: int, *, private: bool = False) -> int:
-        """A place of its own. What holds phases is private for ever: its halo is another."""
+    def _allocate(
+        self,
+        positions: Positions,
+        channels: int,
+        *,
+        private: bool = False,
+        lag: int | None = None,
+    ) -> int:
+        """A place of its own. What holds phases is private for ever: its halo is another.
+
+        A layer of a chain may write where others of it have read, if it lags far enough behind
+        them; what the chain reads from outside stays as it is.
+        """
         index = None
         if not private:
             free = [
-                k for k, s in enumerate(self._storages) if s.users == 0 and s.positions == positions
+                k
+                for k, s in enumerate(self._storages)
+                if s.users == 0
+                and s.positions == positions
+                and (s.free_from is None or (lag is not None and s.free_from <= lag))
             ]
             fits = [k for k in free if self._storages[k].planes >= channels]
             if fits:
@@ -517,8 +696,6 @@ class _Compiler:
 
     def _release(self, i: int, begin: int) -> None:
         """Free what step i was the last to need."""
-        if len(self._instructions) == begin:
-            return
         dead = [
             v
             for v, last in self._last.items()
@@ -526,7 +703,10 @@ class _Compiler:
         ]
         drop = [v for v in dead if v in self._tensors]
         self._tensors.difference_update(drop)
-        self._instructions[-1].drop = tuple(drop)
+        if self._chain:
+            self._chain_drop += drop
+        elif len(self._instructions) > begin:
+            self._instructions[-1].drop += drop
         for value in (v for v, last in self._last.items() if last == i):
             if value not in self._where or self._places[self._where[value]].held is not None:
                 continue
@@ -543,8 +723,9 @@ class _Compiler:
     def _emit(
         self, i: int | None, kernel: str, run: Callable[[Frame], None], *, name: str | None = None
     ) -> None:
+        self._end_chain()
         label = name if i is None else self._program.steps[i].name
-        self._instructions.append(Instruction(i, label or "", kernel, run))
+        self._instructions.append(Instruction([Part(i, label or "", kernel, run)], run))
 
     def _name_of(self, value: Value) -> str:
         i = self._made.get(value)

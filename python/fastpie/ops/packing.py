@@ -6,6 +6,7 @@ import copy
 import ctypes
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -272,20 +273,49 @@ class PackedConv:
         slope: float = 0.0,
     ) -> None:
         """Compute `output` for the first `images` images; the buffers must not overlap."""
+        weights, bias, *buffers, kind, slope = self.layer(
+            input, output, residual=residual, activation=activation, slope=slope
+        )
         _native.call(
             _C.masked_conv_cpu,
+            weights,
+            bias,
+            *buffers,
+            self._tiles.handle,
+            dtype_code(self.positions.dtype),
+            self.positions.groups(images),
+            kind,
+            slope,
+            torch.get_num_threads(),
+        )
+
+    def layer(
+        self,
+        input: Buffer,
+        output: Buffer,
+        *,
+        residual: Buffer | None = None,
+        activation: str = "none",
+        slope: float = 0.0,
+    ) -> tuple[Any, ...]:
+        """This convolution on these buffers, for `run_chain`."""
+        return (
             self.weights.handle,
             0 if self.bias is None else self.bias.data_ptr(),
             input.handle,
             output.handle,
             _NO_ACTIVATIONS if residual is None else residual.handle,
-            self._tiles.handle,
-            dtype_code(self.positions.dtype),
-            self.positions.groups(images),
             ACTIVATIONS[activation],
             slope,
-            torch.get_num_threads(),
         )
+
+    def reach(self, lines: int) -> tuple[int, int]:
+        """How many tiles of `lines` lines the views reach behind and ahead of their own."""
+        shifts = [self.positions.offset(*shift) for _, shift in self.views.taps]
+        least = self.positions.line * min(
+            count for _, count in tiles_of(self.positions, lines).tiles()
+        )
+        return -(min(0, *shifts, 0) // least), -(-max(0, *shifts, 0) // least)
 
 
 class PackedInputGradient:
@@ -423,6 +453,29 @@ def _gradient_axis(
     pixels = -(-size // stride)
     stored = min(output_size, pixels + behind)
     return _GradientAxis(max(pixels + behind, stored + before), stored, taps)
+
+
+def run_chain(
+    layers: list[tuple[Any, ...]], lags: list[int], positions: Positions, lines: int, images: int
+) -> None:
+    """Compute several convolutions of one geometry, tile by tile; see MaskedConvChainArgs.
+
+    Args:
+        layers: of `PackedConv.layer`, each packed in one chunk.
+        lags: in tiles.
+        positions: the geometry.
+        lines: of a tile.
+        images: how many.
+    """
+    _native.call(
+        _C.masked_conv_chain_cpu,
+        layers,
+        lags,
+        tiles_of(positions, lines).handle,
+        dtype_code(positions.dtype),
+        positions.groups(images),
+        torch.get_num_threads(),
+    )
 
 
 def default_block(

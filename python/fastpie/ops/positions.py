@@ -129,7 +129,7 @@ class Tiles:
             parts = -(-len(run) // lines)
             edges = [len(run) * i // parts for i in range(parts + 1)]
             cuts += [(run[a] * positions.line, b - a) for a, b in itertools.pairwise(edges)]
-        self._tiles = torch.tensor(cuts, dtype=torch.int32)
+        self._tiles = torch.tensor(cuts, dtype=torch.int32).reshape(-1, 2)
         full = np.uint32(2**positions.line - 1)
         self._valid = None
         if not (valid[used] == full).all():
@@ -140,6 +140,10 @@ class Tiles:
             self.count,
             0 if self._valid is None else self._valid.data_ptr(),
         )
+
+    def tiles(self) -> list[list[int]]:
+        """[first position, lines] of each tile."""
+        return list(self._tiles.tolist())
 
 
 class Buffer:
