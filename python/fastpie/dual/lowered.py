@@ -21,7 +21,7 @@ from fastpie.dual.plan import (
     layers_of,
     plan_pass,
 )
-from fastpie.dual.program import Program, TensorName, Value
+from fastpie.dual.program import Program, TensorName, Value, without_batch_sizes
 from fastpie.dual.segment import Code, Workspace, compile_segment
 from fastpie.dual.states import ModelState, owners, states_of
 from fastpie.dual.tensor_steps import channels_last
@@ -73,13 +73,18 @@ class Lowered:
             precision: "fp32" or "bf16".
             plan: of `plan()`, to choose as it did.
         """
-        self.program = program
+        self.program = without_batch_sizes(program)
         self._batch = batch
         self._dtype = _DTYPES[precision]
         self._lock = threading.Lock()
         self._tuner = Tuner()
-        self._prepare(states_of(dual, program), self._known_passes(plan))
+        self._prepare(states_of(dual, self.program), self._known_passes(plan))
         self._tuner.save()
+
+    @property
+    def images_apart(self) -> bool:
+        """Whether what the model returns of an image is known to depend on that image alone."""
+        return set(self.program.outputs()) <= image_values(self.program)
 
     def plan(self) -> dict[str, Any]:
         """Form of each step and cut of each pass, by names: JSON."""

@@ -7,6 +7,7 @@ timing, conversions between the forms included.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -559,6 +560,13 @@ def _keeps_images_apart(program: Program, step: Call) -> bool:
         return isinstance(dims, list | tuple) and len(dims) > 0 and all(d % before for d in dims)
     if name == "aten.cat":
         return len(step.args) > 1 and step.args[1] % rank != 0
+    if name == "aten.reshape":
+        # [N, ...] to [-1, ...] with as many elements of each image as before.
+        each = program.meta[step.values()[0]].shape[1:]
+        sizes = [n for n in (*each, *step.args[1][1:]) if isinstance(n, int) and n > 0]
+        known = len(sizes) == len(each) + len(step.args[1]) - 1
+        same = math.prod(sizes[: len(each)]) == math.prod(sizes[len(each) :])
+        return known and same and step.args[1][0] == -1
     if name in ("aten.pad", "aten.constant_pad_nd"):
         return len(step.args[1]) // 2 < rank
     if name == "aten.flatten":

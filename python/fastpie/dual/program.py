@@ -8,7 +8,7 @@ has (dense, pruned at a level, folded).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -37,6 +37,7 @@ __all__ = [
     "map_leaves",
     "normalize",
     "run_step",
+    "without_batch_sizes",
 ]
 
 
@@ -327,6 +328,33 @@ class Program:
                 + "".join(f" {text}" for text in extra if text)
             )
         return "\n".join([*lines, f"outputs: {', '.join(self.outputs())}"])
+
+
+def without_batch_sizes(program: Program) -> Program:
+    """The same program with ``x.reshape(x.shape[0], ...)`` written as ``x.reshape(-1, ...)``.
+
+    Where the other sizes are known, the batch size need not be: a step that reads none can run on
+    a part of the batch.
+    """
+    sizes = {
+        step.result
+        for step in program.steps
+        if isinstance(step, Call)
+        and step.target is torch.ops.aten.sym_size.int
+        and step.args[1:] == (0,)
+    }
+    steps: list[Step] = []
+    for step in program.steps:
+        if isinstance(step, Call) and step.target is torch.ops.aten.reshape.default:
+            meta = program.meta[step.result]
+            if step.args[1][0] in sizes and None not in meta.shape[1:]:
+                step = replace(step, args=(step.args[0], [-1, *meta.shape[1:]]))
+        steps.append(step)
+    needed = set(program.outputs())
+    for step in reversed(steps):
+        if step.result in needed:
+            needed.update(step.values())
+    return replace(program, steps=tuple(step for step in steps if step.result in needed))
 
 
 def interpret(
