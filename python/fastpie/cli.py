@@ -586,15 +586,14 @@ def _print_bench(result: dict[str, Any], layers: int) -> None:
         return
     total = sum(row["seconds"] for row in result["layers"])
     table = Table(
-        "layer", "kernel", "ms", "share", "chosen over",
+        "model", "layer", "kernel", "ms", "share", "chosen over",
         title=f"Slowest {len(shown)} of {len(result['layers'])} layers",
     )  # fmt: skip
     for row in shown:
         share = row["seconds"] / total if total else 0.0
-        over = row["over"] if isinstance(row["over"], str) else ", ".join(map(str, row["over"]))
-        table.add_row(
-            row["layer"], row["kernel"], f"{row['seconds'] * 1e3:.3f}", f"{share:.1%}", over
-        )
+        over = ", ".join(f"{o['kernel']} {o['seconds'] * 1e3:.3f}" for o in row["over"])
+        milliseconds = f"{row['seconds'] * 1e3:.3f}"
+        table.add_row(row["model"], row["layer"], row["kernel"], milliseconds, f"{share:.1%}", over)
     console.print(table)
 
 

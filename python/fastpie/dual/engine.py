@@ -171,8 +171,8 @@ class DualEngine:
 
         Returns:
             One row for each kernel call: `model` ("dense", "pruned at 0.9"), `layer`, `kernel`,
-            `seconds` for the whole batch, and `over`, the kernels that it was chosen over with
-            their seconds. The reference backend has one row for each pass.
+            `seconds` for the whole batch, `images` of a micro-batch, and `over`, the kernels that
+            it was chosen over with their seconds. The reference backend has one row for each pass.
         """
         names = ["dense"] + [f"pruned at {s:g}" for s in self._source.sparsities]
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """Timing of kernels for the planner, remembered on disk.
 
-A time belongs to a processor, an instruction set, a number of threads, the versions of torch and
-fastpie, and a key that describes the work. The file is ``plans.json`` in the folder that
+A time belongs to a processor, an instruction set, a number of threads, the version of torch, the
+native module, and a key that describes the work. The file is ``plans.json`` in the folder that
 FASTPIE_CACHE_DIR names, by default ``fastpie`` under XDG_CACHE_HOME or ``~/.cache``. A file that
 cannot be read or written costs time and nothing else.
 """
@@ -9,6 +9,7 @@ cannot be read or written costs time and nothing else.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -16,7 +17,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Hashable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from fastpie._files import write_atomically
 
 __all__ = ["Tuner", "cache_file"]
 
-_FORMAT = 1  # raised when times of an earlier version no longer mean the same
 _REPEATS = 3
 _SECONDS = 0.02  # of repeats of one kernel, unless it takes longer
 _AGREE = 1.1
@@ -58,6 +57,12 @@ def _processor() -> str:
     return " ".join(lines.values()) or platform.machine()
 
 
+@functools.cache
+def _kernels() -> str:
+    """Digest of the native module: other kernels have other times."""
+    return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:16]
+
+
 class Tuner:
     """Measures each piece of work once, here or in an earlier process.
 
@@ -74,7 +79,7 @@ class Tuner:
                 _C.cpu_capability(),
                 f"{torch.get_num_threads()} threads",
                 f"torch {torch.__version__}",
-                f"fastpie {metadata.version('fastpie')} {_FORMAT}",
+                f"kernels {_kernels()}",
             )
         )
         self._known: dict[str, Any] = _read().get(self._scope, {})

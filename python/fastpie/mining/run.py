@@ -80,8 +80,9 @@ def mine(
     """Score every sample by the disagreement of the dense and the pruned model.
 
     Runs in eval mode and leaves `dual` and its model as they were. Samples are taken in sample_id
-    order in batches of fixed content, so the table is the same bits for equal batch size, threads,
-    instruction set and versions, however often the run is interrupted. Call it again with the same
+    order in batches of fixed content, and the kernels that were chosen by timing are kept with the
+    run (`plan.json`), so the table is the same bits for equal batch size, threads, instruction set
+    and versions, however often the run is interrupted. Call it again with the same
     arguments to go on where a run stopped; a finished run is returned as it is. A crash at any
     instant loses at most the open part (about 10 s of work).
 
