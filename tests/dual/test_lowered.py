@@ -160,6 +160,46 @@ def test_stages_at_odd_sizes_on_every_instruction_set(
             assert relative_error(engine(x), dual(x)) < tolerance
 
 
+class WideToNarrow(nn.Module):
+    """Maps of 7 x 7 pixels, where images are interleaved, between wide ones; linear residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 16, 3, padding=1)
+        self.pool1, self.pool2 = nn.MaxPool2d(2), nn.MaxPool2d(2)
+        self.narrow = nn.Conv2d(16, 16, 3, padding=1)
+        self.again = nn.Conv2d(16, 16, 1)
+        self.up = nn.Upsample(scale_factor=4)
+        self.last = nn.Conv2d(16, 8, 3, padding=1)
+        self.fc1, self.fc2 = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool2(self.pool1(functional.relu(self.wide(x))))
+        x = self.again(functional.relu(self.narrow(x)))
+        x = functional.relu(self.last(self.up(torch.sigmoid(x)))).mean((2, 3))
+        return functional.relu(self.fc2(functional.relu(self.fc1(x))) + x)
+
+
+def test_micro_batches_hold_whole_groups_of_interleaved_images(form: str) -> None:
+    model = WideToNarrow().eval()
+    dual = DualModel(model, fastpie.prune(model, 0.6, scope="layer")).eval()
+    for batch in (17, 40):
+        x = torch.randn(batch, 3, 28, 28)
+        engine = dual.compile(x, backend="cpu")
+        assert relative_error(engine(x), dual(x)) < 1e-5
+        assert relative_error(engine(x[:9]), dual(x[:9])) < 1e-5
+
+
+def test_a_plan_of_other_threads_is_still_right(form: str, restore_threads: None) -> None:
+    model = WideToNarrow().eval()
+    dual = DualModel(model, fastpie.prune(model, 0.6, scope="layer")).eval()
+    x = torch.randn(33, 3, 28, 28)
+    plan = dual.compile(x, backend="cpu").plan
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        assert relative_error(dual.compile(x, plan=plan)(x), dual(x)) < 1e-5
+
+
 def single_weight(model: nn.Module) -> dict[str, Tensor]:
     masks = {}
     for name, parameter in model.named_parameters():

@@ -197,30 +197,33 @@ class DualEngine:
             # The first and the last of them: DualModel takes longer than all the rest.
             ends = torch.cat([torch.arange(_CHECKED // 2), torch.arange(-(_CHECKED // 2), 0)])
             example = pytree.tree_map(_part_of_batch(images, ends), example)
+            of_dense = _part_of_batch(images, ends)
+            of_pruned = _part_of_batch(images, ends, dual.is_ladder)
+            features = got.features and Features(
+                pytree.tree_map(of_dense, got.features.dense),
+                pytree.tree_map(of_pruned, got.features.pruned),
+            )
             got = DualOutput(
-                pytree.tree_map(_part_of_batch(images, ends), got.dense),
-                pytree.tree_map(_part_of_batch(images, ends, dual.is_ladder), got.pruned),
-                None,
+                pytree.tree_map(of_dense, got.dense),
+                pytree.tree_map(of_pruned, got.pruned),
+                features,
             )
         restore()
         with torch.no_grad(), torch.autocast(device_of(example).type, enabled=False):
             expected = dual(*example)
-        if got.features is None:
-            expected = expected._replace(features=None)
         tolerance = _TOLERANCE[self.precision]
         error = _deviation(got, expected)
         if error <= tolerance:
             return
         # The model may amplify rounding (BatchNorm of a channel that is all but constant): then its
         # own fp32 or bf16 output is as far from the truth. Both are held to fp64.
-        with torch.no_grad(), torch.autocast(device_of(example).type, enabled=False):
-            exact = copy.deepcopy(dual).double()(*pytree.tree_map(_double, example))
-        if got.features is None:
-            exact = exact._replace(features=None)
-        own = Reference(dual, self.precision).run(example)
-        outputs = DualOutput(own[0][0], dual.stack_levels([output for output, _ in own[1:]]), None)
-        bound = 2 * _deviation(outputs, exact._replace(features=None))
-        if _deviation(got, exact) > max(tolerance, bound):
+        own = self._run(Reference(dual, self.precision), example)
+        try:
+            with torch.no_grad(), torch.autocast(device_of(example).type, enabled=False):
+                exact = copy.deepcopy(dual).double()(*pytree.tree_map(_double, example))
+        except (RuntimeError, TypeError):  # a model that names fp32 in its code
+            exact = expected
+        if _deviation(got, exact) > max(tolerance, 2 * _deviation(own, exact)):
             raise FastpieError(
                 f"Expected the engine to match the model to {tolerance:g} on the example, but it "
                 f"differs by {error:.3g}."

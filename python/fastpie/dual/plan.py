@@ -82,8 +82,9 @@ class Geometries:
                 )
                 self._channels[size] = max(self._channels.get(size, 1), channels)
         self._images = {size: self._interleaved(size, batch, threads) for size in self._halo}
-        for layer in layers:  # pooling keeps the images where they are
-            if layer.kind == "max_pool":
+        pools = [layer for layer in layers if layer.kind == "max_pool"]
+        for _ in pools:  # pooling keeps the images where they are; one may lower those of others
+            for layer in pools:
                 fewer = min(self._images[layer.size], self._images[layer.input_size])
                 self._images[layer.size] = self._images[layer.input_size] = fewer
         self._batch = batch
@@ -432,33 +433,13 @@ def _segments(
             for size in (layers[i].size, layers[i].input_size)
         ]
         # The least that a layer on positions wants; tensors alone run on the whole batch.
-        images = 0
-        if wanted:
-            most = _most_interleaved(atom, choices, layers, geometries)
-            images = -(-min(wanted) // most) * most
+        images = min(wanted, default=0)
         if segments and segments[-1][1] == images:
             segments[-1] = ([*segments[-1][0], *atom], images)
         elif atom:
             segments.append(([*atom], images))
     return tuple(
         Segment(tuple(part), 0 if images >= batch else images) for part, images in segments if part
-    )
-
-
-def _most_interleaved(
-    atom: Sequence[int],
-    choices: dict[int, Choice],
-    layers: dict[int, Layer],
-    geometries: Geometries,
-) -> int:
-    return max(
-        (
-            geometries.of(size).images
-            for i in atom
-            if choices[i].positions
-            for size in (layers[i].size, layers[i].input_size)
-        ),
-        default=1,
     )
 
 
@@ -552,8 +533,8 @@ def _keeps_images_apart(program: Program, step: Call) -> bool:
     if name.startswith("aten.flatten"):
         name = "aten.flatten"
     rank = len(program.meta[step.result].shape)
-    if name in _INDEPENDENT:
-        return True
+    if name in _INDEPENDENT:  # of equal rank: [N] beside [N, C] would be spread over C
+        return all(len(program.meta[v].shape) == rank for v in step.values())
     if name in ("aten.mean", "aten.sum", "aten.amax"):
         dims = step.args[1] if len(step.args) > 1 else None
         before = len(program.meta[step.values()[0]].shape)

@@ -347,7 +347,7 @@ def without_batch_sizes(program: Program) -> Program:
     for step in program.steps:
         if isinstance(step, Call) and step.target is torch.ops.aten.reshape.default:
             meta = program.meta[step.result]
-            if step.args[1][0] in sizes and None not in meta.shape[1:]:
+            if step.args[1][0] in sizes and all(meta.shape[1:]):
                 step = replace(step, args=(step.args[0], [-1, *meta.shape[1:]]))
         steps.append(step)
     needed = set(program.outputs())

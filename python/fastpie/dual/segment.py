@@ -22,7 +22,7 @@ from fastpie.dual.position_steps import (
     same_views,
     unpack,
 )
-from fastpie.dual.program import Affine, Call, Convolution, Program, Value
+from fastpie.dual.program import Affine, Call, Convolution, Linear, Program, Value
 from fastpie.dual.states import ModelState
 from fastpie.dual.tensor_steps import tensor_step
 from fastpie.ops.packing import run_chain, to_positions
@@ -303,7 +303,7 @@ class _Compiler:
         self._slots: dict[Value, tuple[int, int, int]] = {}  # root, first channel, of
         self._chain: list[_Member] = []
         self._chain_drop: list[Value] = []
-        self._roots: dict[int, tuple[int, int]] = {}  # storage, values that still need it
+        self._roots: dict[int, int] = {}  # storage of each root
         self._root_users: dict[int, set[Value]] = {}
 
     def compile(self) -> Code:
@@ -328,8 +328,10 @@ class _Compiler:
             self._release(i, begin)
         self._end_chain()
         outputs = [v for v in self._made if v in self._wanted]
+        # A micro-batch begins with a whole group of images in every geometry of the segment.
+        group = max((place.positions.images for place in self._places), default=1)
         return Code(
-            self._segment.images,
+            -(-self._segment.images // group) * group,
             inputs,
             outputs,
             {v: self._places[self._where[v]].positions for v in self._hold},
@@ -427,7 +429,7 @@ class _Compiler:
         elif source not in self._where:
             self._need_positions(source, layer.input_size)
         residual = None
-        if isinstance(step, Convolution) and step.residual is not None:
+        if isinstance(step, Convolution | Linear) and step.residual is not None:
             self._need_positions(step.residual, layer.size)
             residual = self._where[step.residual]
         chunks = chunks_for(positions, self._images, choice.lines)
@@ -461,7 +463,7 @@ class _Compiler:
         source = step.values()[0]
         positions = self._geometries.of(layer.size)
         residual = None
-        if isinstance(step, Convolution) and step.residual is not None:
+        if isinstance(step, Convolution | Linear) and step.residual is not None:
             residual = self._where[step.residual]
         apart = None
         if layer.kind != "affine" and not layer.reads_in_place:
@@ -653,8 +655,8 @@ class _Compiler:
         root, first, of = self._slots[value]
         if root not in self._roots:
             place = self._allocate(positions, of)
-            self._roots[root] = (self._places[place].storage, 0)
-        storage = self._roots[root][0]
+            self._roots[root] = self._places[place].storage
+        storage = self._roots[root]
         self._places.append(_Place(storage, positions, channels, first, of))
         return len(self._places) - 1
 
@@ -714,7 +716,7 @@ class _Compiler:
                 root = self._slots[value][0]
                 self._root_users[root].discard(value)
                 if not self._root_users[root] and root in self._roots:
-                    self._storages[self._roots[root][0]].users -= 1
+                    self._storages[self._roots[root]].users -= 1
             else:
                 self._storages[self._places[self._where[value]].storage].users -= 1
 
