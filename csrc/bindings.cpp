@@ -257,11 +257,11 @@ void max_pool_cpu(std::uintptr_t input, const Four& input_strides, const Three& 
   check(cpu::max_pool(args, threads));
 }
 
-using Six = std::array<std::int64_t, kRelayoutDims>;
+using Seven = std::array<std::int64_t, kRelayoutDims>;
 
-void relayout_cpu(std::uintptr_t input, int input_dtype, const Six& input_strides,
-                  std::uintptr_t output, int output_dtype, const Six& output_strides,
-                  const Six& sizes, std::uintptr_t scale, std::uintptr_t shift, int activation,
+void relayout_cpu(std::uintptr_t input, int input_dtype, const Seven& input_strides,
+                  std::uintptr_t output, int output_dtype, const Seven& output_strides,
+                  const Seven& sizes, std::uintptr_t scale, std::uintptr_t shift, int activation,
                   float slope, int threads) {
   RelayoutArgs args{};
   args.input = pointer<const void>(input);

@@ -123,10 +123,10 @@ Status max_pool(const MaxPoolArgs& args, int threads) {
   if (args.dtype == DType::kFloat16) return {"Expected dtype to be fp32 or bf16"};
   Job job{&args, {}};
   const std::int64_t units = args.groups * args.channels;
-  // Shares as large as can be: each allocates its row once.
-  parallel_for(units, (units + threads - 1) / threads, threads,
-               args.dtype == DType::kFloat32 ? &run_channels<float> : &run_channels<std::uint16_t>,
-               &job);
+  // A thread's share is whole images where there are several, which it has just written.
+  parallel_ranges(
+      units, threads,
+      args.dtype == DType::kFloat32 ? &run_channels<float> : &run_channels<std::uint16_t>, &job);
   return job.status;
 }
 

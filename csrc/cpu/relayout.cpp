@@ -5,6 +5,8 @@
 // values at a time are enough, since memory binds.
 #include "fastpie/relayout.h"
 
+#include <algorithm>
+
 #include "activation.h"
 #include "parallel.h"
 
@@ -99,6 +101,8 @@ struct Plan {
   Loop third;   // the next closest in the output: work enough for one unit
   Loop outer[kRelayoutDims];
   int outer_count;
+  std::int64_t units;
+  std::int64_t grain;  // units of a share's step
 };
 
 // What follows takes loops by value: the compiler could not know that a store leaves them alone.
@@ -121,6 +125,100 @@ void copy_line(const Transform f, const Loop loop, const In* in, Out* out, std::
   for (; i < loop.size; ++i) {
     store1(out + i * loop.out, apply<kIdentity>(f, load1(in + i * loop.in), channel + i * step));
   }
+}
+
+// Words at even (or odd) places of two parts.
+#if defined(__AVX512F__)
+#define FASTPIE_EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define FASTPIE_ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(__AVX2__)
+#define FASTPIE_EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define FASTPIE_ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define FASTPIE_EVEN 0, 2, 4, 6
+#define FASTPIE_ODD 1, 3, 5, 7
+#endif
+inline PartWords even_words(PartWords a, PartWords b) {
+  return __builtin_shufflevector(a, b, FASTPIE_EVEN);
+}
+inline PartWords odd_words(PartWords a, PartWords b) {
+  return __builtin_shufflevector(a, b, FASTPIE_ODD);
+}
+#undef FASTPIE_EVEN
+#undef FASTPIE_ODD
+
+template <typename T>
+inline PartWords load_words(const T* p) {
+  PartWords x;
+  __builtin_memcpy(&x, p, sizeof(x));
+  return x;
+}
+template <typename T>
+inline void store_words(T* p, PartWords x) {
+  __builtin_memcpy(p, &x, sizeof(x));
+}
+
+// The values at even places go to `even`, those at odd places to `odd`, `count` each: the two
+// phases of a stride of two. Returns how many were done.
+inline std::int64_t split_line(const float* in, float* even, float* odd, std::int64_t count) {
+  std::int64_t i = 0;
+  for (; i + kPartFloats <= count; i += kPartFloats) {
+    const PartWords a = load_words(in + 2 * i), b = load_words(in + 2 * i + kPartFloats);
+    store_words(even + i, even_words(a, b));
+    store_words(odd + i, odd_words(a, b));
+  }
+  return i;
+}
+inline std::int64_t split_line(const std::uint16_t* in, std::uint16_t* even, std::uint16_t* odd,
+                               std::int64_t count) {
+  constexpr int kValues = 2 * kPartFloats;
+  std::int64_t i = 0;
+  for (; i + kValues <= count; i += kValues) {  // little endian: the first of a pair lies low
+    const PartWords a = load_words(in + 2 * i), b = load_words(in + 2 * i + kValues);
+    const PartWords first = even_words(a, b), second = odd_words(a, b);
+    store_words(even + i, (first & 0xffffu) | (second << 16));
+    store_words(odd + i, (first >> 16) | (second & 0xffff0000u));
+  }
+  return i;
+}
+inline std::int64_t take_even(const float* in, float* out, std::int64_t count) {
+  std::int64_t i = 0;
+  for (; i + kPartFloats < count; i += kPartFloats) {  // the last load ends behind the last value
+    store_words(out + i, even_words(load_words(in + 2 * i), load_words(in + 2 * i + kPartFloats)));
+  }
+  return i;
+}
+inline std::int64_t take_even(const std::uint16_t* in, std::uint16_t* out, std::int64_t count) {
+  constexpr int kValues = 2 * kPartFloats;
+  std::int64_t i = 0;
+  for (; i + kValues < count; i += kValues) {
+    const PartWords a = load_words(in + 2 * i), b = load_words(in + 2 * i + kValues);
+    store_words(out + i, (even_words(a, b) & 0xffffu) | (odd_words(a, b) << 16));
+  }
+  return i;
+}
+
+// Lines of which every second value is wanted, or all in two lines.
+template <typename T>
+bool copy_strided_lines(const Loop inner, const Loop second, const T* in, T* out) {
+  if (inner.in != 2 || inner.out != 1) return false;
+  if (second.in == 1 && second.size == 2) {
+    for (std::int64_t i = split_line(in, out, out + second.out, inner.size); i < inner.size; ++i) {
+      out[i] = in[2 * i];
+      out[i + second.out] = in[2 * i + 1];
+    }
+    return true;
+  }
+  for (std::int64_t j = 0; j < second.size; ++j) {
+    const T* const from = in + j * second.in;
+    T* const to = out + j * second.out;
+    for (std::int64_t i = take_even(from, to, inner.size); i < inner.size; ++i) to[i] = from[2 * i];
+  }
+  return true;
+}
+template <typename In, typename Out>
+bool copy_strided_lines(const Loop, const Loop, const In*, Out*) {
+  return false;  // dtypes differ
 }
 
 // Lines of a few values each, as images side by side are: `kValues` at once.
@@ -196,7 +294,8 @@ void copy_plane(const Transform f, const Loop inner, const Loop second, const In
         }
       }
     }
-  } else if (kIdentity && copy_short_lines(inner, second, in, out)) {
+  } else if (kIdentity && (copy_short_lines(inner, second, in, out) ||
+                           copy_strided_lines(inner, second, in, out))) {
     return;
   }
   for (; j < second.size; ++j) {
@@ -209,7 +308,8 @@ template <bool kIdentity, typename In, typename Out>
 void run_planes(std::int64_t begin, std::int64_t end, void* context) {
   const auto& plan = *static_cast<const Plan*>(context);
   const RelayoutArgs& args = *plan.args;
-  for (std::int64_t unit = begin; unit < end; ++unit) {
+  const std::int64_t last = end * plan.grain < plan.units ? end * plan.grain : plan.units;
+  for (std::int64_t unit = begin * plan.grain; unit < last; ++unit) {
     std::int64_t rest = unit;
     std::int64_t in_offset = 0;
     std::int64_t out_offset = 0;
@@ -291,10 +391,13 @@ Status relayout(const RelayoutArgs& args, int threads) {
     return {"Expected dtypes to be fp32 or bf16"};
   }
   const RangeBody body = plan.transform.identity ? body_for<true>(args) : body_for<false>(args);
+  // Steps of 32 KiB at least. Shares: a thread's are whole images where there are several, which it
+  // has just written, and will read.
   const std::int64_t values = plan.inner.size * plan.second.size * plan.third.size;
-  const std::int64_t grain = 1 + 8192 / values;  // 32 KiB of work at least
   const std::int64_t share = (units + threads - 1) / threads;
-  parallel_for(units, grain < share ? grain : share, threads, body, &plan);
+  plan.units = units;
+  plan.grain = std::min(1 + 8192 / values, share);
+  parallel_ranges((units + plan.grain - 1) / plan.grain, threads, body, &plan);
   return {};
 }
 

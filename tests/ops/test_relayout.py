@@ -51,7 +51,7 @@ def random_side(
 ) -> Side:
     """Random values; the last dimension of `order` is the closest."""
     pick = generator.choice
-    strides, step = [0] * 6, pick([1, 1, 1, 2, 3])
+    strides, step = [0] * 7, pick([1, 1, 1, 2, 3])
     for d in reversed(order):
         strides[d] = step
         step = step * max(1, sizes[d]) + pick([0, 0, 1, 5])
@@ -96,7 +96,7 @@ def check(
 ) -> None:
     """Compare the whole memory of the target: what no index reaches must be as it was."""
     x = source.view(sizes).float()
-    per_channel = (1, -1, 1, 1, 1, 1)
+    per_channel = (1, -1, 1, 1, 1, 1, 1)
     if scale is not None:
         x = x * scale.view(per_channel)
     if shift is not None:
@@ -114,7 +114,7 @@ def check(
 
 
 def random_order(generator: random.Random) -> list[int]:
-    return generator.sample(range(6), 6)
+    return generator.sample(range(7), 7)
 
 
 @pytest.mark.parametrize("capability", _C.cpu_capabilities())
@@ -128,13 +128,13 @@ def test_random_sizes_and_strides(
     monkeypatch.setenv("FASTPIE_CPU_CAPABILITY", capability)
     generator = random.Random(f"{capability}{source_dtype}{target_dtype}")
     for _ in range(60):
-        sizes = [generator.choice([1, 1, 2, 3, 4, 5, 8, 9]) for _ in range(6)]
+        sizes = [generator.choice([1, 1, 1, 2, 3, 4, 5, 8, 9]) for _ in range(7)]
         source, target = (
             random_side(sizes, dtype, random_order(generator), generator)
             for dtype in (source_dtype, target_dtype)
         )
         if generator.random() < 0.2:  # an expanded dimension
-            source.strides[generator.randrange(6)] = 0
+            source.strides[generator.randrange(7)] = 0
         scale, shift = (
             torch.randn(sizes[1]) if generator.random() < 0.4 else None for _ in range(2)
         )
@@ -149,9 +149,9 @@ def test_short_lines_of_images_side_by_side(
     lanes: int, source_dtype: torch.dtype, target_dtype: torch.dtype, scaled: bool
 ) -> None:
     generator = random.Random(lanes)
-    sizes = [2, 3, 1, 5, 7, lanes]
+    sizes = [2, 3, 1, 1, 5, 7, lanes]
     scale, shift = (torch.randn(3), torch.randn(3)) if scaled else (None, None)
-    for order in ([0, 1, 2, 3, 4, 5], [0, 2, 3, 4, 1, 5], [5, 0, 1, 2, 3, 4]):
+    for order in ([0, 1, 2, 3, 4, 5, 6], [0, 2, 3, 4, 5, 1, 6], [6, 0, 1, 2, 3, 4, 5]):
         source, target = (
             random_side(sizes, dtype, order, generator) for dtype in (source_dtype, target_dtype)
         )
@@ -166,35 +166,54 @@ def test_short_lines_of_images_side_by_side(
 @pytest.mark.parametrize("width", [*range(1, 14), 64])
 def test_lines_are_read_to_their_last_element_and_no_further(width: int, stride: int) -> None:
     """Every second pixel is read in pairs: the last pair would end behind the memory."""
-    sizes = [1, 2, 1, 3, width, 1]
+    sizes = [1, 2, 1, 1, 3, width, 1]
     for source_dtype, target_dtype in DTYPES:
         row = (width - 1) * stride + 1
         source = Side(
-            torch.randn(6 * row).to(source_dtype), [0, 3 * row, 0, row, stride, 0], first=0
+            torch.randn(6 * row).to(source_dtype), [0, 3 * row, 0, 0, row, stride, 0], first=0
         )
         memory = torch.full((6 * width,), 7.0, dtype=target_dtype)
-        target = Side(memory, [0, 3 * width, 0, width, 1, 0], 0)
+        target = Side(memory, [0, 3 * width, 0, 0, width, 1, 0], 0)
         check(source, target, sizes)
         check(target, source, sizes, torch.tensor([2.0, -1.0]), None, "relu")
 
 
+@pytest.mark.parametrize("capability", _C.cpu_capabilities())
+@pytest.mark.parametrize("width", [1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100])
+def test_both_phases_of_a_line_at_once(
+    width: int, capability: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pixels at even places to one plane, those at odd places to the next."""
+    monkeypatch.setenv("FASTPIE_CPU_CAPABILITY", capability)
+    sizes = [1, 3, 2, 1, 5, width, 1]
+    for source_dtype, target_dtype in DTYPES:
+        source = Side(
+            torch.randn(30 * width).to(source_dtype), [0, 10 * width, 1, 0, 2 * width, 2, 0], 0
+        )
+        plane = 5 * width + 3
+        memory = torch.full((6 * plane - 3,), 7.0, dtype=target_dtype)
+        target = Side(memory, [0, 2 * plane, plane, 0, width, 1, 0], 0)
+        check(source, target, sizes)
+        check(source, target, sizes, activation="relu")
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("order", list(itertools.permutations([1, 3, 5]))[::2])
+@pytest.mark.parametrize("order", list(itertools.permutations([1, 4, 6]))[::2])
 def test_arrays_large_enough_for_several_threads(order: tuple[int, ...], threads: int) -> None:
     generator = random.Random(threads)
-    sizes = [3, 20, 1, 33, 1, 32]
-    source = random_side(sizes, torch.float32, [0, 2, 4, *order], generator)
-    target = random_side(sizes, torch.bfloat16, [0, 2, 4, 1, 3, 5], generator)
+    sizes = [3, 20, 1, 1, 33, 1, 32]
+    source = random_side(sizes, torch.float32, [0, 2, 3, 5, *order], generator)
+    target = random_side(sizes, torch.bfloat16, [0, 2, 3, 5, 1, 4, 6], generator)
     check(source, target, sizes, torch.randn(20), torch.randn(20), "relu", threads)
     check(target, source, sizes, threads=threads)
 
 
-@pytest.mark.parametrize("empty", range(6))
+@pytest.mark.parametrize("empty", range(7))
 def test_without_elements_nothing_is_written(empty: int) -> None:
-    sizes = [2, 3, 2, 2, 2, 4]
+    sizes = [2, 3, 2, 2, 2, 2, 4]
     generator = random.Random(empty)
-    source = random_side(sizes, torch.float32, range(6), generator)
-    target = random_side(sizes, torch.float32, range(6), generator)
+    source = random_side(sizes, torch.float32, range(7), generator)
+    target = random_side(sizes, torch.float32, range(7), generator)
     before = target.memory.clone()
     sizes[empty] = 0
     relayout(source, target, sizes)
@@ -203,10 +222,10 @@ def test_without_elements_nothing_is_written(empty: int) -> None:
 
 def test_one_element() -> None:
     for source_dtype, target_dtype in DTYPES:
-        source = Side(torch.randn(1).to(source_dtype), [9] * 6, 0)
-        target = Side(torch.zeros(1).to(target_dtype), [5] * 6, 0)
-        check(source, target, [1] * 6)
-        check(source, target, [1] * 6, torch.ones(1) * 3, torch.ones(1), "relu6")
+        source = Side(torch.randn(1).to(source_dtype), [9] * 7, 0)
+        target = Side(torch.zeros(1).to(target_dtype), [5] * 7, 0)
+        check(source, target, [1] * 7)
+        check(source, target, [1] * 7, torch.ones(1) * 3, torch.ones(1), "relu6")
 
 
 @pytest.mark.parametrize("capability", _C.cpu_capabilities())
@@ -220,12 +239,12 @@ def test_rounding_and_special_values_are_those_of_torch(
     around = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     values = (halves[::7, None] + around).view(torch.float32)  # every exponent, NaN too
     rows = len(values)
-    sizes = [1, 1, 1, rows, 6, 1]
-    source = Side(values.contiguous(), [0, 0, 0, 6, 1, 0], 0)
-    strides = [0, 0, 0, 1, rows, 0] if transposed else source.strides
+    sizes = [1, 1, 1, 1, rows, 6, 1]
+    source = Side(values.contiguous(), [0, 0, 0, 0, 6, 1, 0], 0)
+    strides = [0, 0, 0, 0, 1, rows, 0] if transposed else source.strides
     target = Side(torch.zeros(rows * 6, dtype=torch.bfloat16), strides, 0)
     relayout(source, target, sizes)
-    found, expected = target.view(sizes)[0, 0, 0, :, :, 0], values.bfloat16()
+    found, expected = target.view(sizes)[0, 0, 0, 0, :, :, 0], values.bfloat16()
     assert torch.equal(found.isnan(), values.isnan())
     ordered = ~values.isnan()
     bits = torch.int16
@@ -237,7 +256,7 @@ def test_rounding_and_special_values_are_those_of_torch(
     # A copy without a change of dtype keeps the bits, those of a NaN too.
     copy = Side(torch.zeros(rows * 6), strides, 0)
     relayout(source, copy, sizes)
-    found = copy.view(sizes)[0, 0, 0, :, :, 0]
+    found = copy.view(sizes)[0, 0, 0, 0, :, :, 0]
     assert torch.equal(found.contiguous().view(torch.int32), values.view(torch.int32))
 
 
@@ -248,8 +267,8 @@ def test_activations_of_special_values(
 ) -> None:
     monkeypatch.setenv("FASTPIE_CPU_CAPABILITY", capability)
     values = torch.tensor([torch.nan, torch.inf, 1e38, 3.4e38, 100, -100, -1e30, 0.0, -0.0, 1e-44])
-    sizes = [1, 1, 1, 1, len(values), 1]
-    source = Side(values, [0, 0, 0, 0, 1, 0], 0)
+    sizes = [1, 1, 1, 1, 1, len(values), 1]
+    source = Side(values, [0, 0, 0, 0, 0, 1, 0], 0)
     target = Side(torch.zeros(len(values)), source.strides, 0)
     relayout(source, target, sizes, activation=activation)
     expected = ACTIVATE[activation](values.double()).float()
@@ -260,7 +279,7 @@ def test_activations_of_special_values(
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_fp16_is_refused(side: int) -> None:
-    sides = [Side(torch.zeros(4), [0, 0, 0, 0, 1, 0], 0) for _ in range(2)]
+    sides = [Side(torch.zeros(4), [0, 0, 0, 0, 0, 1, 0], 0) for _ in range(2)]
     sides[side].memory = torch.zeros(4, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="fp32 or bf16"):
-        relayout(*sides, [1, 1, 1, 1, 4, 1])
+        relayout(*sides, [1, 1, 1, 1, 1, 4, 1])

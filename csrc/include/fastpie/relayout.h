@@ -1,9 +1,9 @@
 // relayout: copies an array between two orders of its dimensions.
 //
-//   output[i0, ..., i5] = activate(scale[i1] * input[i0, ..., i5] + shift[i1])
+//   output[i0, ..., i6] = activate(scale[i1] * input[i0, ..., i6] + shift[i1])
 //
-// Six dimensions (group of images, channel, depth, row, column, image), each with a stride of its
-// own on either side, count elements; fp32 and bf16 on either side, rounded to nearest even. It
+// Seven dimensions (group of images, channel, phase, slice, row, column, image), each with a stride
+// of its own on either side, in elements; fp32 and bf16 on either side, rounded to nearest even. It
 // packs a tensor of torch into positions (masked_conv.h), takes it apart for a stride, and brings
 // it back. `input` and `output` must not overlap; elements of `output` that no index reaches (the
 // halo) are left as they are.
@@ -16,7 +16,7 @@
 
 namespace fastpie {
 
-constexpr int kRelayoutDims = 6;
+constexpr int kRelayoutDims = 7;
 
 struct RelayoutArgs {
   const void* input;

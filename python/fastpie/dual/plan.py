@@ -38,6 +38,11 @@ _WORKING_SET = 1 << 20
 """Bytes of one layer's result for each thread. Least of .5, 1, 2 and 4 MiB by a little; with more
 the pruned pass of ResNet-50 took up to 1.3 times as long (Zen 4, 1 MiB of L2)."""
 
+_TENSOR_BYTES = 16 << 20
+"""Bytes of the largest tensor of a micro-batch. An allocator gives larger ones back at once (glibc
+from 32 MiB), and the next has all its pages to be faulted in again: 5 % of the dense pass of
+ResNet-50 at batch 16 (Zen 4; micro-batches of 4 and 8 images took the same, 2 a little more)."""
+
 _WASTE = 1.2
 """Positions computed for each pixel that a geometry may cost before images are interleaved."""
 
@@ -64,13 +69,18 @@ class Choice:
 
 
 class Geometries:
-    """One geometry for each spatial size, so that layers of a stage read each other's results."""
+    """One geometry for each spatial size, so that layers of a stage read each other's results.
+
+    Attributes:
+        dtype: of the positions.
+        threads: that share the work.
+    """
 
     def __init__(
         self, layers: Sequence[Layer], batch: int, threads: int, dtype: torch.dtype
     ) -> None:
         """See the class."""
-        self._dtype = dtype
+        self.dtype, self.threads = dtype, threads
         self._halo: dict[Size, Size] = {}
         self._channels: dict[Size, int] = {}
         for layer in layers:
@@ -87,12 +97,10 @@ class Geometries:
             for layer in pools:
                 fewer = min(self._images[layer.size], self._images[layer.input_size])
                 self._images[layer.size] = self._images[layer.input_size] = fewer
-        self._batch = batch
-        self._threads = threads
 
     def of(self, size: Size) -> Positions:
         """The geometry of a size."""
-        return Positions(size, self._halo[size], self._images[size], self._dtype)
+        return Positions(size, self._halo[size], self._images[size], self.dtype)
 
     def knows(self, size: Size) -> bool:
         """Whether some layer has this size."""
@@ -102,8 +110,8 @@ class Geometries:
         """Images of a micro-batch: enough for the threads, few enough for their caches."""
         p = self.of(size)
         each = p.plane * self._channels[size] * p.dtype.itemsize / p.images
-        wanted = p.images * self._threads
-        while 2 * wanted * each <= _WORKING_SET * self._threads:
+        wanted = p.images * self.threads
+        while 2 * wanted * each <= _WORKING_SET * self.threads:
             wanted *= 2
         return wanted
 
@@ -113,7 +121,7 @@ class Geometries:
         if size == (1, 1, 1):
             return 16
         while images < 16:
-            p = Positions(size, self._halo[size], images, self._dtype)
+            p = Positions(size, self._halo[size], images, self.dtype)
             pixels = size[0] * size[1] * size[2] * images
             if (p.valid != 0).sum() * p.line <= _WASTE * pixels or 2 * images * threads > batch:
                 break
@@ -412,8 +420,10 @@ def _segments(
     """Cut the pass where one value is alive, by how many images suit what lies between."""
     images_of = image_values(program)
     apart = all(program.steps[i].result in images_of for i in steps)
-    if not apart or not any(choices[i].positions for i in steps):
+    if not apart:
         return (Segment(tuple(steps), 0),) if steps else ()
+    on_tensors = [i for i in steps if not choices[i].positions]
+    tensors = _images_of_tensors(program, on_tensors, batch, geometries)
     last_use = program.last_use()
     own = {program.steps[i].result for i in steps}
     alive: set[Value] = set()
@@ -432,8 +442,8 @@ def _segments(
             if choices[i].positions
             for size in (layers[i].size, layers[i].input_size)
         ]
-        # The least that a layer on positions wants; tensors alone run on the whole batch.
-        images = min(wanted, default=0)
+        # The least that a layer on positions wants.
+        images = min(wanted, default=tensors)
         if segments and segments[-1][1] == images:
             segments[-1] = ([*segments[-1][0], *atom], images)
         elif atom:
@@ -441,6 +451,24 @@ def _segments(
     return tuple(
         Segment(tuple(part), 0 if images >= batch else images) for part, images in segments if part
     )
+
+
+def _images_of_tensors(
+    program: Program, steps: Sequence[int], batch: int, geometries: Geometries
+) -> int:
+    """Images of a micro-batch of steps on tensors; as even a cut of the batch as the threads allow."""
+    threads = geometries.threads
+    each = max(
+        (
+            math.prod(n or 1 for n in program.meta[program.steps[i].result].shape[1:])
+            for i in steps
+            if program.steps[i].result in program.meta
+        ),
+        default=1,
+    )
+    most = max(threads, _TENSOR_BYTES // (each * geometries.dtype.itemsize) // threads * threads)
+    images = -(-batch // -(-batch // most))
+    return min(most, -(-images // threads) * threads)
 
 
 _INDEPENDENT = {

@@ -492,10 +492,12 @@ def default_block(
     sums costs more than the cache saves (measured at .9 sparsity on Zen 4).
     """
     channels = keep.shape[1] if channels is None else channels
-    shifts = [positions.offset(*shift) for _, shift in views.taps]
-    spread = -(-(max(shifts) - min(shifts)) // positions.line)
-    # Views further apart than a tile touch lines of their own: at most `lines` for each tap.
-    footprint = min(lines + spread, lines * taps) * 64
+    footprint = 0  # bytes of a channel that a tile reads
+    for index in range(len(views.phases)):
+        shifts = [positions.offset(*shift) for phase, shift in views.taps if phase == index]
+        spread = -(-(max(shifts) - min(shifts)) // positions.line)
+        # Views further apart than a tile touch lines of their own: at most `lines` for each tap.
+        footprint += min(lines + spread, lines * len(shifts)) * 64
     density = max(keep.float().mean().item(), 1e-6)
     block = max(_L1_BYTES // footprint, round(10 / (density * taps)), 1)
     blocks = round(channels / block)
@@ -536,25 +538,57 @@ def to_positions(
     assert count is not None
     address, dtype, source_strides = _source(x, p.images)
     item = dtype.itemsize
-    for index, phase in enumerate(views.phases):
-        origin = sum(r * s for r, s in zip(phase, source_strides[2:5], strict=True))
-        strided = tuple(n * s for n, s in zip(stride, source_strides[2:5], strict=True))
+    _, _, *across, _ = source_strides
+    for run in _phase_runs(views, stride[2]):
+        z, y, x_first = views.phases[run.index]
+        origin = z * across[0] + y * across[1] + (x_first + run.column * stride[2]) * across[2]
+        strided = tuple(n * s for n, s in zip(stride, across, strict=True))
+        target = run.index * p.plane + run.column * p.pitches[2]
         for group, groups, lanes in _whole_groups(count, p.images):
             _native.call(
                 _C.relayout_cpu,
                 address + (origin + group * source_strides[0]) * item,
                 dtype_code(dtype),
-                (*source_strides[:2], *strided, source_strides[5]),
-                buffer.handle[0] + (index * p.plane + group * buffer.handle[1]) * p.dtype.itemsize,
+                (*source_strides[:2], across[2], *strided, source_strides[5]),
+                buffer.handle[0] + (target + group * buffer.handle[1]) * p.dtype.itemsize,
                 dtype_code(p.dtype),
-                (buffer.handle[1], len(views.phases) * p.plane, *p.pitches, 1),
-                (groups, channels, *views.stored[index], lanes),
+                (buffer.handle[1], len(views.phases) * p.plane, p.plane, *p.pitches, 1),
+                (groups, channels, run.phases, *run.pixels, lanes),
                 0 if scale is None else scale.data_ptr(),
                 0 if shift is None else shift.data_ptr(),
                 ACTIVATIONS[activation],
                 slope,
                 torch.get_num_threads(),
             )
+
+
+@dataclass(frozen=True)
+class _PhaseRun:
+    """Phases that lie side by side in the input, copied at once."""
+
+    index: int  # of the first phase
+    phases: int
+    column: int  # the first
+    pixels: tuple[int, int, int]
+
+
+def _phase_runs(views: Views, stride: int) -> list[_PhaseRun]:
+    """Both phases of a row with stride 2 at once: each line of the input is then read once."""
+    runs = []
+    for index, (phase, (z, y, x)) in enumerate(zip(views.phases, views.stored, strict=True)):
+        first, second = index, index + 1
+        if phase[2] == 1:
+            first, second = index - 1, index
+        pair = stride == 2 and (*phase[:2], 0) in views.phases and (*phase[:2], 1) in views.phases
+        if not pair:
+            runs.append(_PhaseRun(index, 1, 0, (z, y, x)))
+            continue
+        common = min(views.stored[first][2], views.stored[second][2])
+        if index == first:
+            runs.append(_PhaseRun(index, 2, 0, (z, y, common)))
+        if x > common:
+            runs.append(_PhaseRun(index, 1, common, (z, y, x - common)))
+    return runs
 
 
 def from_positions(buffer: Buffer, y: Tensor) -> None:  # y: [N, C, D, H, W] fp32 or bf16
@@ -566,11 +600,11 @@ def from_positions(buffer: Buffer, y: Tensor) -> None:  # y: [N, C, D, H, W] fp3
             _C.relayout_cpu,
             buffer.handle[0] + group * buffer.handle[1] * p.dtype.itemsize,
             dtype_code(p.dtype),
-            (buffer.handle[1], p.plane, *p.pitches, 1),
+            (buffer.handle[1], p.plane, 0, *p.pitches, 1),
             address + group * strides[0] * dtype.itemsize,
             dtype_code(dtype),
-            strides,
-            (groups, y.shape[1], *p.size, lanes),
+            (*strides[:2], 0, *strides[2:]),
+            (groups, y.shape[1], 1, *p.size, lanes),
             0,
             0,
             0,

@@ -14,8 +14,10 @@ holds one pixel of 16 images.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
+import mmap
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,11 @@ __all__ = ["Buffer", "Positions", "Tiles", "Views", "dtype_code", "tiles_of", "v
 
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _LINE_BYTES = 64
+_HUGE_PAGE = 1 << 21  # bytes
+
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -184,13 +191,10 @@ class Buffer:
         itemsize = positions.dtype.itemsize
         if within is None:
             count = 2 * positions.guard + positions.groups(images) * self._of * positions.plane
-            slack = positions.line  # to begin at a line
-            self._storage = torch.full((count + slack,), fill, dtype=positions.dtype)
-            skip = -(self._storage.data_ptr() // itemsize) % slack
-            self._base = skip + positions.guard
+            self._storage = _aligned(count, positions.dtype).fill_(fill)
         else:
-            self._storage, self._base = within._storage, within._base
-        self._begin = self._base + first * positions.plane
+            self._storage = within._storage
+        self._begin = positions.guard + first * positions.plane
         self.handle = (
             self._storage.data_ptr() + self._begin * itemsize,
             self._of * positions.plane,
@@ -213,7 +217,25 @@ class Buffer:
         """The pixels of the first groups that hold `images` images, as a strided view."""
         p = self.positions
         shape = (p.groups(images), self.channels, *p.size, p.images)
-        return self._storage.as_strided(shape, p.strides(self._of), self._begin)
+        begin = self._storage.storage_offset() + self._begin
+        return self._storage.as_strided(shape, p.strides(self._of), begin)
+
+
+def _aligned(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory that begins at a cache line, or at a huge page where it is as large as one.
+
+    The kernels go from channel to channel, each on a page of its own: with pages of 4 KiB the
+    address translation misses at nearly every weight. Linux gives huge pages on request.
+    """
+    size = count * dtype.itemsize
+    large = size >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    step = _HUGE_PAGE if large else _LINE_BYTES
+    memory = torch.empty(count + step // dtype.itemsize, dtype=dtype)
+    skip = -memory.data_ptr() % step
+    if large:  # advice: without effect where it is refused
+        whole = size // _HUGE_PAGE * _HUGE_PAGE
+        _madvise(memory.data_ptr() + skip, whole, mmap.MADV_HUGEPAGE)
+    return memory[skip // dtype.itemsize :][:count]
 
 
 @dataclass(frozen=True)
