@@ -434,16 +434,21 @@ def _segments(
         alive = {v for v in alive if last_use.get(v, -1) > i and v in own}
         if len(alive) == 1 and next(iter(alive)) in program.meta:
             atoms.append([])
-    segments: list[tuple[list[int], int]] = []
+    wanted: list[int | None] = []  # the least that a layer on positions wants
     for atom in atoms:
-        wanted = [
+        sizes = [
             geometries.images_at_once(size)
             for i in atom
             if choices[i].positions
             for size in (layers[i].size, layers[i].input_size)
         ]
-        # The least that a layer on positions wants.
-        images = min(wanted, default=tensors)
+        wanted.append(min(sizes, default=None))
+    segments: list[tuple[list[int], int]] = []
+    for k, atom in enumerate(atoms):
+        images = wanted[k]
+        if images is None:  # between two others like them: no cut, which would be a copy
+            around = [next((n for n in side if n), 0) for side in (wanted[:k][::-1], wanted[k:])]
+            images = around[0] if around[0] == around[1] > 0 else tensors
         if segments and segments[-1][1] == images:
             segments[-1] = ([*segments[-1][0], *atom], images)
         elif atom:
