@@ -257,46 +257,29 @@ def _is_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 # ---------------------------------------------------------------------------- what torch computes
+#
+# `window` is stride, padding, dilation and groups, as the operators take them; a linear layer has
+# no strides.
 
 
 def _dense(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *window: Any,
 ) -> Tensor:
-    if not stride:
+    if not window[0]:
         return functional.linear(input, weight, bias)
-    convolution = _CONVOLUTIONS[len(stride)]
-    return convolution(input, weight, bias, stride, padding, dilation, groups)
+    return _CONVOLUTIONS[len(window[0])](input, weight, bias, *window)
 
 
 def _dense_gradient(
-    output_gradient: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    of_weight: bool,
+    output_gradient: Tensor, input: Tensor, weight: Tensor, *window: Any, of_weight: bool
 ) -> Tensor:
-    gradients = torch.ops.aten.convolution_backward(
-        output_gradient,
-        input,
-        weight,
-        None,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        groups,
-        [not of_weight, of_weight, False],
-    )
+    stride, padding, dilation, groups = window
+    wanted = [not of_weight, of_weight, False]
+    rest = (None, stride, padding, dilation, False, [0] * len(stride), groups, wanted)
+    gradients = torch.ops.aten.convolution_backward(output_gradient, input, weight, *rest)
     return gradients[1 if of_weight else 0]  # type: ignore[no-any-return]
 
 
@@ -343,12 +326,10 @@ def _geometry_of(
     input_size: Sequence[int],
     output_channels: int,
     weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *window: Any,
 ) -> Geometry | None:
     """The geometry of a sound call with something to compute; None leaves the call to torch."""
+    stride, padding, dilation, groups = window
     rank = len(stride)
     if rank and not (len(input_size) == len(weight_size) == rank + 2):
         return None
@@ -403,22 +384,17 @@ def _have_kernel(*tensors: Tensor | None) -> bool:
 
 # ---------------------------------------------------------------------------- masked_conv
 
-Numbers = Sequence[int]
-
 
 def _masked_conv_torch(
     input: Tensor,
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    *window: Any,
 ) -> Tensor:
-    memory_format = _memory_format(len(stride), input, weight)
+    memory_format = _memory_format(len(window[0]), input, weight)
     product = _product(weight, mask)
-    output = _dense(input, product, bias, stride, padding, dilation, groups)
+    output = _dense(input, product, bias, *window)
     return _laid_out(output, memory_format)
 
 
@@ -428,20 +404,15 @@ def _masked_conv_cpu(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    *window: Any,
 ) -> Tensor:
     known = geometry = None
     if _have_kernel(input, weight, bias) and (bias is None or bias.shape == weight.shape[:1]):
-        geometry = _geometry_of(
-            input.shape, weight.shape[0], weight.shape, stride, padding, dilation, groups
-        )
+        geometry = _geometry_of(input.shape, weight.shape[0], weight.shape, *window)
         known = _known_if_worth(geometry, input.shape, mask, FORWARD_DENSITY)
     if geometry is None or known is None:
-        return _masked_conv_torch(input, weight, mask, bias, stride, padding, dilation, groups)
-    rank = len(stride)
+        return _masked_conv_torch(input, weight, mask, bias, *window)
+    rank = len(window[0])
     size = geometry.output_size[3 - rank :] if rank else ()
     shape = [input.shape[0], weight.shape[0], *size] if rank else [*input.shape[:-1], len(weight)]
     output = _empty(input, shape, _memory_format(rank, input, weight))
@@ -460,13 +431,10 @@ def _masked_conv_fake(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    *window: Any,
 ) -> Tensor:
-    memory_format = _memory_format(len(stride), input, weight)
-    output = _dense(input, weight, bias, stride, padding, dilation, groups)  # torch's refusals too
+    memory_format = _memory_format(len(window[0]), input, weight)
+    output = _dense(input, weight, bias, *window)  # torch's refusals too
     return _empty(output, output.shape, memory_format)
 
 
@@ -476,10 +444,7 @@ def _masked_conv_autocast(
     weight: Tensor,
     mask: Tensor,
     bias: Tensor | None,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    *window: Any,
 ) -> Tensor:
     dtype = torch.get_autocast_dtype("cpu")
 
@@ -493,10 +458,7 @@ def _masked_conv_autocast(
             cast(weight),
             mask,
             None if bias is None else cast(bias),
-            stride,
-            padding,
-            dilation,
-            groups,
+            *window,
         )
 
 
@@ -504,7 +466,7 @@ _native.library.impl("masked_conv", _masked_conv_autocast, "AutocastCPU")
 
 
 def _keep_for_masked_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, mask, _, *ctx.geometry = inputs
+    input, weight, mask, _, *ctx.window = inputs
     ctx.save_for_backward(input, weight, mask)
 
 
@@ -512,11 +474,11 @@ def _masked_conv_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ..
     input, weight, mask = ctx.saved_tensors
     of_input = of_weight = of_bias = None
     if ctx.needs_input_grad[0]:
-        of_input = _input_gradient(gradient, weight, mask, input.shape, ctx.geometry)
+        of_input = _input_gradient(gradient, weight, mask, input.shape, ctx.window)
     if ctx.needs_input_grad[1]:
-        of_weight = _weight_gradient(gradient, input, mask, ctx.geometry)
+        of_weight = _weight_gradient(gradient, input, mask, ctx.window)
     if ctx.needs_input_grad[3]:
-        if ctx.geometry[0]:
+        if ctx.window[0]:
             of_bias = gradient.sum([0, *range(2, gradient.ndim)])
         else:
             of_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0)
@@ -524,22 +486,22 @@ def _masked_conv_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ..
 
 
 def _input_gradient(
-    gradient: Tensor, weight: Tensor, mask: Tensor, size: Sequence[int], geometry: list[Any]
+    gradient: Tensor, weight: Tensor, mask: Tensor, size: Sequence[int], window: list[Any]
 ) -> Tensor:
     return torch.ops.fastpie.masked_conv_input_gradient(  # type: ignore[no-any-return]
-        gradient, weight, mask, size, *geometry
+        gradient, weight, mask, size, *window
     )
 
 
-def _weight_gradient(gradient: Tensor, input: Tensor, mask: Tensor, geometry: list[Any]) -> Tensor:
+def _weight_gradient(gradient: Tensor, input: Tensor, mask: Tensor, window: list[Any]) -> Tensor:
     return torch.ops.fastpie.masked_conv_weight_gradient(  # type: ignore[no-any-return]
-        gradient, input, mask, *geometry
+        gradient, input, mask, *window
     )
 
 
-def _convolve(input: Tensor, weight: Tensor, mask: Tensor, geometry: list[Any]) -> Tensor:
+def _convolve(input: Tensor, weight: Tensor, mask: Tensor, window: list[Any]) -> Tensor:
     return torch.ops.fastpie.masked_conv(  # type: ignore[no-any-return]
-        input, weight, mask, None, *geometry
+        input, weight, mask, None, *window
     )
 
 
@@ -558,19 +520,15 @@ def _input_gradient_torch(
     output_gradient: Tensor,
     weight: Tensor,
     mask: Tensor,
-    input_size: Numbers,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    input_size: Sequence[int],
+    *window: Any,
 ) -> Tensor:
-    memory_format = _memory_format(len(stride), output_gradient, weight)
+    memory_format = _memory_format(len(window[0]), output_gradient, weight)
     product = _product(weight, mask)
-    if not stride:
+    if not window[0]:
         return torch.matmul(output_gradient, product).contiguous()
     like = _empty(output_gradient, input_size, memory_format)  # only its shape is read
-    geometry = (stride, padding, dilation, groups)
-    gradient = _dense_gradient(output_gradient, like, product, *geometry, of_weight=False)
+    gradient = _dense_gradient(output_gradient, like, product, *window, of_weight=False)
     return _laid_out(gradient, memory_format)
 
 
@@ -579,24 +537,17 @@ def _input_gradient_cpu(
     output_gradient: Tensor,
     weight: Tensor,
     mask: Tensor,
-    input_size: Numbers,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    input_size: Sequence[int],
+    *window: Any,
 ) -> Tensor:
-    rank = len(stride)
+    rank = len(window[0])
     known = geometry = None
     if _have_kernel(output_gradient, weight):
         channels = output_gradient.shape[1 if rank else -1]
-        geometry = _geometry_of(
-            input_size, channels, weight.shape, stride, padding, dilation, groups
-        )
+        geometry = _geometry_of(input_size, channels, weight.shape, *window)
         known = _known_if_worth(geometry, input_size, mask, FORWARD_DENSITY)
     if geometry is None or known is None:
-        return _input_gradient_torch(
-            output_gradient, weight, mask, input_size, stride, padding, dilation, groups
-        )
+        return _input_gradient_torch(output_gradient, weight, mask, input_size, *window)
     gradient = _empty(
         output_gradient, input_size, _memory_format(rank, output_gradient, weight)
     ).zero_()
@@ -620,18 +571,15 @@ def _input_gradient_fake(
     output_gradient: Tensor,
     weight: Tensor,
     mask: Tensor,
-    input_size: Numbers,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    input_size: Sequence[int],
+    *window: Any,
 ) -> Tensor:
-    memory_format = _memory_format(len(stride), output_gradient, weight)
+    memory_format = _memory_format(len(window[0]), output_gradient, weight)
     return _empty(output_gradient, input_size, memory_format)
 
 
 def _keep_for_input_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    output_gradient, weight, mask, _, *ctx.geometry = inputs
+    output_gradient, weight, mask, _, *ctx.window = inputs
     ctx.save_for_backward(output_gradient, weight, mask)
 
 
@@ -639,9 +587,9 @@ def _input_gradient_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None,
     output_gradient, weight, mask = ctx.saved_tensors
     of_output_gradient = of_weight = None
     if ctx.needs_input_grad[0]:
-        of_output_gradient = _convolve(gradient, weight, mask, ctx.geometry)
+        of_output_gradient = _convolve(gradient, weight, mask, ctx.window)
     if ctx.needs_input_grad[1]:
-        of_weight = _weight_gradient(output_gradient, gradient, mask, ctx.geometry)
+        of_weight = _weight_gradient(output_gradient, gradient, mask, ctx.window)
     return of_output_gradient, of_weight, None, None, None, None, None, None
 
 
@@ -660,18 +608,14 @@ def _weight_gradient_torch(
     output_gradient: Tensor,
     input: Tensor,
     mask: Tensor,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    *window: Any,
 ) -> Tensor:
-    if not stride:
+    if not window[0]:
         rows = output_gradient.reshape(-1, mask.shape[0])
         gradient = rows.t() @ input.reshape(-1, mask.shape[1])
     else:
         like = input.new_empty(mask.shape)  # only its shape is read
-        geometry = (stride, padding, dilation, groups)
-        gradient = _dense_gradient(output_gradient, input, like, *geometry, of_weight=True)
+        gradient = _dense_gradient(output_gradient, input, like, *window, of_weight=True)
     return gradient.contiguous().masked_fill_(~mask, 0)
 
 
@@ -680,24 +624,17 @@ def _weight_gradient_cpu(
     output_gradient: Tensor,
     input: Tensor,
     mask: Tensor,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    *window: Any,
 ) -> Tensor:
-    rank = len(stride)
+    rank = len(window[0])
     known = geometry = None
     if _have_kernel(output_gradient, input):
         channels = output_gradient.shape[1 if rank else -1]
-        geometry = _geometry_of(
-            input.shape, channels, mask.shape, stride, padding, dilation, groups
-        )
+        geometry = _geometry_of(input.shape, channels, mask.shape, *window)
         highest = WEIGHT_GRADIENT_DENSITY[input.dtype]
         known = _known_if_worth(geometry, input.shape, mask, highest, reads_weight=False)
     if geometry is None or known is None:
-        return _weight_gradient_torch(
-            output_gradient, input, mask, stride, padding, dilation, groups
-        )
+        return _weight_gradient_torch(output_gradient, input, mask, *window)
     gradient = masked_conv_sparse.weight_gradient(
         geometry,
         _five(output_gradient, rank),
@@ -718,16 +655,13 @@ def _weight_gradient_fake(
     output_gradient: Tensor,
     input: Tensor,
     mask: Tensor,
-    stride: Numbers,
-    padding: Numbers,
-    dilation: Numbers,
-    groups: int,
+    *window: Any,
 ) -> Tensor:
     return input.new_empty(mask.shape)
 
 
 def _keep_for_weight_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    output_gradient, input, mask, *ctx.geometry = inputs
+    output_gradient, input, mask, *ctx.window = inputs
     ctx.save_for_backward(output_gradient, input, mask)
 
 
@@ -735,9 +669,9 @@ def _weight_gradient_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None
     output_gradient, input, mask = ctx.saved_tensors
     of_output_gradient = of_input = None
     if ctx.needs_input_grad[0]:
-        of_output_gradient = _convolve(input, gradient, mask, ctx.geometry)
+        of_output_gradient = _convolve(input, gradient, mask, ctx.window)
     if ctx.needs_input_grad[1]:
-        of_input = _input_gradient(output_gradient, gradient, mask, input.shape, ctx.geometry)
+        of_input = _input_gradient(output_gradient, gradient, mask, input.shape, ctx.window)
     return of_output_gradient, of_input, None, None, None, None, None
 
 
