@@ -22,7 +22,7 @@ from fastpie.dual.plan import (
     plan_pass,
 )
 from fastpie.dual.program import Program, TensorName, Value, without_batch_sizes
-from fastpie.dual.segment import Code, Workspace, compile_segment
+from fastpie.dual.segment import Code, SegmentCompiler, Workspace
 from fastpie.dual.states import ModelState, owners, states_of
 from fastpie.dual.tensor_steps import channels_last
 from fastpie.dual.tuning import Tuner
@@ -171,14 +171,7 @@ class Lowered:
             sparse = {i for i, c in plan.choices.items() if c.positions} if plan else set()
             if plan is None or set(plan.choices) != set(own[m]) or not sparse <= set(layers[m]):
                 candidates = plan_pass(
-                    program,
-                    state,
-                    own[m],
-                    batch=self._batch,
-                    dtype=self._dtype,
-                    tuner=self._tuner,
-                    geometries=geometries,
-                    layers=layers[m],
+                    program, state, own[m], layers[m], geometries, self._tuner, self._batch
                 )
                 compiled = self._fastest(m, candidates, state, geometries)
             else:
@@ -255,19 +248,17 @@ class Lowered:
                 for i in other.steps
                 for v in program.steps[i].values()
             }
-            code = compile_segment(
+            code = SegmentCompiler(
                 program,
                 state,
                 segment,
-                plan.choices,
-                plan.layers,
+                plan,
                 geometries,
                 batch=self._batch,
-                dtype=self._dtype,
                 outside=outside,
                 later=later,
                 held=held,
-            )
+            ).compile()
             held.update(code.holds)
             codes.append(code)
         return codes

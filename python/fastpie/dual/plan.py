@@ -155,12 +155,10 @@ def plan_pass(
     program: Program,
     state: ModelState,
     steps: Sequence[int],
-    *,
-    batch: int,
-    dtype: torch.dtype,
-    tuner: Tuner,
-    geometries: Geometries,
     layers: dict[int, Layer],
+    geometries: Geometries,
+    tuner: Tuner,
+    batch: int,
 ) -> tuple[PassPlan, PassPlan]:
     """Choose form and kernel of each step of one model.
 
@@ -171,13 +169,12 @@ def plan_pass(
         program: the captured model.
         state: the model's tensors.
         steps: positions of the steps that this model runs itself.
-        batch: the largest batch.
-        dtype: to compute in.
-        tuner: gives times.
-        geometries: of all layers.
         layers: the steps that can run on positions.
+        geometries: of all layers.
+        tuner: gives times.
+        batch: the largest batch.
     """
-    costs = _Costs(program, state, steps, batch, dtype, tuner, geometries, layers)
+    costs = _Costs(program, state, steps, layers, geometries, tuner, batch)
     plans = []
     for on_positions in (costs.choose(), set[int]()):
         choices = {i: costs.choice(i, i in on_positions) for i in steps}
@@ -187,21 +184,20 @@ def plan_pass(
 
 
 class _Costs:
-    """Seconds per image of each step in each form, and of the conversions between them."""
+    """Seconds per image of each step in each form, and of the conversions; see plan_pass."""
 
     def __init__(
         self,
         program: Program,
         state: ModelState,
         steps: Sequence[int],
-        batch: int,
-        dtype: torch.dtype,
-        tuner: Tuner,
-        geometries: Geometries,
         layers: dict[int, Layer],
+        geometries: Geometries,
+        tuner: Tuner,
+        batch: int,
     ) -> None:
         self._program, self._state, self._steps = program, state, steps
-        self._batch, self._dtype, self._tuner = batch, dtype, tuner
+        self._batch, self._dtype, self._tuner = batch, geometries.dtype, tuner
         self._geometries, self._layers = geometries, layers
         self._makers = {program.steps[i].result: i for i in steps}
         self._readers: dict[Value, list[int]] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpie.dual.plan import Choice, Geometries, Segment, chunks_for, final_values
+from fastpie.dual.plan import Choice, Geometries, PassPlan, Segment, chunks_for, final_values
 from fastpie.dual.position_steps import (
     Layer,
     PackedStep,
@@ -28,7 +28,7 @@ from fastpie.dual.tensor_steps import tensor_step
 from fastpie.ops.packing import run_chain, to_positions
 from fastpie.ops.positions import Buffer, Positions
 
-__all__ = ["Code", "Workspace", "compile_segment"]
+__all__ = ["Code", "SegmentCompiler", "Workspace"]
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -213,40 +213,6 @@ class Code:
         return {**whole, **frame.whole}
 
 
-def compile_segment(
-    program: Program,
-    state: ModelState,
-    segment: Segment,
-    choices: dict[int, Choice],
-    layers: dict[int, Layer],
-    geometries: Geometries,
-    *,
-    batch: int,
-    dtype: torch.dtype,
-    outside: set[Value],
-    later: set[Value],
-    held: dict[Value, Positions],
-) -> Code:
-    """Turn the steps of a segment into instructions.
-
-    Args:
-        program: the captured model.
-        state: the model's tensors.
-        segment: which steps, in how many images.
-        choices: form and kernel of each step.
-        layers: the steps on positions.
-        geometries: of all sizes.
-        batch: the largest batch.
-        dtype: to compute in.
-        outside: values that other models or the caller need, as tensors.
-        later: values that later segments of this pass need.
-        held: values that earlier segments hold on positions.
-    """
-    return _Compiler(
-        program, state, segment, choices, layers, geometries, batch, dtype, outside, later, held
-    ).compile()
-
-
 @dataclass
 class _Member:
     """A layer of a chain."""
@@ -263,24 +229,38 @@ class _Member:
 _CHAIN_LINES = 8  # of a tile: the tiles of a bottleneck of ResNet-50 together fit 1 MiB of L2
 
 
-class _Compiler:
+class SegmentCompiler:
+    """Turns the steps of a segment into instructions, once.
+
+    Args:
+        program: the captured model.
+        state: the model's tensors.
+        segment: which steps, in how many images.
+        plan: form and kernel of each step, and the steps on positions.
+        geometries: of all sizes.
+        batch: the largest batch.
+        outside: values that other models or the caller need, as tensors.
+        later: values that later segments of this pass need.
+        held: values that earlier segments hold on positions.
+    """
+
     def __init__(
         self,
         program: Program,
         state: ModelState,
         segment: Segment,
-        choices: dict[int, Choice],
-        layers: dict[int, Layer],
+        plan: PassPlan,
         geometries: Geometries,
+        *,
         batch: int,
-        dtype: torch.dtype,
         outside: set[Value],
         later: set[Value],
         held: dict[Value, Positions],
     ) -> None:
+        """See the class."""
         self._program, self._state, self._segment = program, state, segment
-        self._choices, self._layers, self._geometries = choices, layers, geometries
-        self._dtype = dtype
+        self._choices, self._layers, self._geometries = plan.choices, plan.layers, geometries
+        self._dtype = geometries.dtype
         self._images = segment.images or batch
         self._held = held
         self._final = final_values(program)
@@ -291,7 +271,7 @@ class _Compiler:
                 self._last[value] = i
         # What is made on positions for later segments stays there; the rest goes as tensors.
         self._hold = {
-            v for v in later - outside if v in self._made and choices[self._made[v]].positions
+            v for v in later - outside if v in self._made and plan.choices[self._made[v]].positions
         }
         self._wanted = outside | later - self._hold
         self._instructions: list[Instruction] = []
@@ -307,6 +287,7 @@ class _Compiler:
         self._root_users: dict[int, set[Value]] = {}
 
     def compile(self) -> Code:
+        """The segment's instructions."""
         steps = self._program.steps
         inputs = list(
             dict.fromkeys(
