@@ -5,8 +5,6 @@
 // values at a time are enough, since memory binds.
 #include "fastpie/relayout.h"
 
-#include <algorithm>
-
 #include "activation.h"
 #include "parallel.h"
 
@@ -396,7 +394,7 @@ Status relayout(const RelayoutArgs& args, int threads) {
   const std::int64_t values = plan.inner.size * plan.second.size * plan.third.size;
   const std::int64_t share = (units + threads - 1) / threads;
   plan.units = units;
-  plan.grain = std::min(1 + 8192 / values, share);
+  plan.grain = 1 + 8192 / values < share ? 1 + 8192 / values : share;
   parallel_ranges((units + plan.grain - 1) / plan.grain, threads, body, &plan);
   return {};
 }

@@ -194,13 +194,16 @@ def test_densenet_prologues_are_affine_steps() -> None:
     assert sum(s.norm is not None for s in steps_of(program, Convolution)) == 59
 
 
-def test_efficientnet_swishes_and_symmetric_pads_are_fused() -> None:
+def test_efficientnet_swishes_and_pads_are_fused() -> None:
     _, program = captured("efficientnet_b0")
     convolutions = steps_of(program, Convolution)
     assert Counter(s.activation.name for s in convolutions if s.activation) == {"silu": 49}
     assert sum(s.residual is not None for s in convolutions) == 9
     assert kinds(program).count("silu") == 0
-    assert kinds(program).count("pad") == 5  # stride 2: more zeros on one side
+    assert "pad" not in kinds(program)
+    uneven = [s for s in convolutions if s.padding_behind is not None]
+    assert len(uneven) == 5  # stride 2: more zeros on one side
+    assert all(s.stride == (2, 2) for s in uneven)
 
 
 def test_unet_takes_prelu_into_convolutions() -> None:
@@ -282,8 +285,11 @@ def test_activations(
         (nn.Conv2d(3, 3, 3, padding="valid"), (2, 3, 9, 9)),
         (nn.Conv2d(3, 3, 3, dtype=torch.float64), (2, 3, 9, 9)),
         (nn.Sequential(nn.ZeroPad2d((2, 2, 1, 1)), nn.Conv2d(3, 3, 3, padding=1)), (2, 3, 9, 9)),
+        (nn.Sequential(nn.ZeroPad2d((0, 1, 2, 0)), nn.Conv2d(3, 3, 3, padding=1)), (2, 3, 9, 9)),
+        (nn.Conv2d(3, 3, (4, 2), padding="same", dilation=(1, 3)), (2, 3, 9, 9)),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_convolutions(layer: nn.Module, shape: tuple[int, ...]) -> None:
     dtype = next(layer.parameters()).dtype
     (step,) = check(layer, image(*shape, dtype=dtype)).steps
@@ -291,18 +297,20 @@ def test_convolutions(layer: nn.Module, shape: tuple[int, ...]) -> None:
     assert isinstance(step, Convolution)
     assert (step.stride, step.dilation, step.groups) == (plain.stride, plain.dilation, plain.groups)
     if plain.padding == "same":
-        assert step.padding == (2, 2)
+        want = ((1, 1), (2, 2)) if plain.dilation == (1, 3) else ((2, 2), None)
+        assert (step.padding, step.padding_behind) == want
     elif isinstance(layer, nn.Sequential):
-        assert step.padding == (2, 3)
+        even = layer[0].padding == (2, 2, 1, 1)
+        want = ((2, 3), None) if even else ((3, 1), (1, 2))
+        assert (step.padding, step.padding_behind) == want
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize(
     ("layer", "want"),
     [
-        (nn.Conv2d(3, 3, 4, padding="same"), ["conv2d"]),
         (nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), ["pad", "Convolution"]),
-        (nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv()), ["pad", "Convolution"]),
+        (nn.Sequential(nn.ZeroPad2d((0, -1, 0, 1)), conv()), ["pad", "Convolution"]),
         (nn.Sequential(nn.ConstantPad2d(1, 0.5), conv()), ["pad", "Convolution"]),
         (nn.Sequential(nn.ConvTranspose2d(3, 3, 2), norm()), ["conv_transpose2d", "Affine"]),
         (nn.utils.parametrizations.weight_norm(conv()), ["_weight_norm", "conv2d"]),

@@ -27,8 +27,9 @@ def convolutions(draw: st.DrawFn) -> tuple[tuple[int, int, int], ...]:
         kernel, stride = draw(st.integers(1, 1 if flat else 4)), draw(st.integers(1, 3))
         padding, dilation = draw(st.integers(0, 0 if flat else 5)), draw(st.integers(1, 3))
         size = draw(st.integers(1, 1 if flat else 11))
-        assume(size + 2 * padding > dilation * (kernel - 1))
-        axes.append((size, kernel, stride, padding, dilation))
+        behind = draw(st.integers(0, 3))
+        assume(size + padding + behind > dilation * (kernel - 1))
+        axes.append((size, kernel, stride, padding, dilation, behind))
     return tuple(zip(*axes, strict=True))
 
 
@@ -50,7 +51,7 @@ def places(positions: Positions, size: tuple[int, ...]) -> np.ndarray:  # [D, H,
 def test_each_tap_of_each_output_pixel_reads_its_input_pixel_or_a_zero(
     convolution: tuple[Any, ...], images: int, dtype: torch.dtype, extra: tuple[int, int, int]
 ) -> None:
-    size, kernel, stride, padding, dilation = convolution
+    size, kernel, stride, padding, dilation, behind = convolution
     views = views_of(*convolution)
     halo = tuple(h + e for h, e in zip(views.halo, extra, strict=True))
     positions = Positions(views.size, halo, images, dtype)
@@ -67,7 +68,7 @@ def test_each_tap_of_each_output_pixel_reads_its_input_pixel_or_a_zero(
         assert not memory[at].any()
         memory[at] = part
     # What the taps should read: the input with zeros around it.
-    padded = np.pad(numbers, [(p, p) for p in padding] + [(0, 0)])
+    padded = np.pad(numbers, [*zip(padding, behind, strict=True)] + [(0, 0)])
     offsets = views.tap_offsets(positions)
     assert len(offsets) == math.prod(kernel)
     output = positions.guard + places(positions, views.size)
@@ -86,10 +87,10 @@ def test_each_tap_of_each_output_pixel_reads_its_input_pixel_or_a_zero(
 @given(convolutions())
 @settings(deadline=None)
 def test_output_size_is_that_of_torch(convolution: tuple[Any, ...]) -> None:
-    size, kernel, stride, padding, dilation = convolution
-    expected = F.conv3d(
-        torch.zeros(1, 1, *size), torch.zeros(1, 1, *kernel), None, stride, padding, dilation
-    )
+    size, kernel, stride, padding, dilation, behind = convolution
+    sides = [n for pair in zip(padding[::-1], behind[::-1], strict=True) for n in pair]
+    x = F.pad(torch.zeros(1, 1, *size), sides)
+    expected = F.conv3d(x, torch.zeros(1, 1, *kernel), None, stride, 0, dilation)
     views = views_of(*convolution)
     assert views.size == tuple(expected.shape[2:])
     assert views.is_shift_only == (len(views.phases) == 1 and views.phases[0] == (0, 0, 0))

@@ -9,7 +9,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -152,14 +152,14 @@ class _Fuser:
         if len(self.facts.meta[x].shape) != rank + 2:
             return None  # an image without a batch
         stride, dilation = _per_dim(bound["stride"], rank), _per_dim(bound["dilation"], rank)
-        padding = _padding(bound["padding"], kernel, dilation)
-        if stride is None or dilation is None or padding is None:
+        sides = _padding(bound["padding"], kernel, dilation)
+        if stride is None or dilation is None or sides is None:
             return None
         before = self._sole(x)
         if isinstance(before, Call) and before.target in PADS:
             zeros = _zeros(before, rank)
             if zeros is not None:
-                padding = tuple(p + z for p, z in zip(padding, zeros, strict=True))
+                sides = _Sides(*(_sum(a, b) for a, b in zip(sides, zeros, strict=True)))
                 x = before.args[0]
                 del self.done[before.result]
         return Convolution(
@@ -169,7 +169,8 @@ class _Fuser:
             weight=weight,
             bias=bias,
             stride=stride,
-            padding=padding,
+            padding=sides.before,
+            padding_behind=None if sides.behind == sides.before else sides.behind,
             dilation=dilation,
             groups=bound["groups"],
         )
@@ -279,20 +280,32 @@ def _per_dim(sizes: Any, rank: int) -> tuple[int, ...] | None:
     return tuple(sizes) * rank if len(sizes) == 1 else tuple(sizes)
 
 
+class _Sides(NamedTuple):
+    """Zeros before and behind each spatial dimension."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+
+def _sum(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
 def _padding(
     padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...] | None
-) -> tuple[int, ...] | None:
-    """Zeros on both sides of each dimension; None if the two sides differ."""
+) -> _Sides | None:
+    """What a convolution pads; None if that depends on the batch."""
     if padding == "valid":
-        return (0,) * len(kernel)
-    if padding == "same" and dilation is not None:
+        return _Sides((0,) * len(kernel), (0,) * len(kernel))
+    if padding == "same" and dilation is not None:  # the odd zero goes behind, as in torch
         total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return tuple(t // 2 for t in total) if not any(t % 2 for t in total) else None
-    return None if isinstance(padding, str) else _per_dim(padding, len(kernel))
+        return _Sides(tuple(t // 2 for t in total), tuple(t - t // 2 for t in total))
+    both = None if isinstance(padding, str) else _per_dim(padding, len(kernel))
+    return None if both is None else _Sides(both, both)
 
 
-def _zeros(call: Call, rank: int) -> tuple[int, ...] | None:
-    """The zeros that a pad adds to both sides of each of `rank` last dimensions, else None."""
+def _zeros(call: Call, rank: int) -> _Sides | None:
+    """The zeros that a pad adds to each of `rank` last dimensions; None if it does something else."""
     bound = bind(call.target, call.args, call.kwargs)
     pad = list(bound["pad"])
     if bound.get("mode", "constant") != "constant" or bound["value"] not in (None, 0):
@@ -300,9 +313,7 @@ def _zeros(call: Call, rank: int) -> tuple[int, ...] | None:
     if not all(isinstance(p, int) and p >= 0 for p in pad) or len(pad) > 2 * rank:
         return None
     pad += [0] * (2 * rank - len(pad))
-    if pad[::2] != pad[1::2]:
-        return None
-    return tuple(pad[::2][::-1])  # F.pad starts at the last dimension
+    return _Sides(tuple(pad[::2][::-1]), tuple(pad[1::2][::-1]))  # F.pad: the last dimension first
 
 
 def _clamped(low: Any, high: Any) -> Activation | None:

@@ -287,7 +287,7 @@ class _Costs:
         if isinstance(step, Convolution | Linear):
             what: tuple[Any, ...] = (
                 tuple(self._state.tensors[step.weight].shape),
-                (step.stride, step.padding, step.dilation, step.groups)
+                (step.stride, step.padding, step.padding_behind, step.dilation, step.groups)
                 if isinstance(step, Convolution)
                 else "linear",
                 step.residual is not None,

@@ -136,7 +136,9 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
         stride = _three(step.stride, rank, 1)
         kernel = _three(list(weight.shape[2:]), rank, 1)
         padding = _three(step.padding, rank, 0)
-        views = views_of(before[1], kernel, stride, padding, _three(step.dilation, rank, 1))
+        behind = _three(step.padding_behind or step.padding, rank, 0)
+        dilation = _three(step.dilation, rank, 1)
+        views = views_of(before[1], kernel, stride, padding, dilation, behind)
         return _if_halo_fits(Layer("convolution", step, channels, size, before[1], views, stride))
     if isinstance(step, Affine):
         if not _known_activation(known_slope(step.activation, state)):
@@ -155,9 +157,9 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
     kernel, *rest = step.args[1:]
     defaults: list[Any] = [[], 0, 1, False] if pools[name] == "max" else [[], 0, False, True, None]
     stride, padding, *options = [*rest, *defaults[len(rest) :]]
-    dilation: Any = 1
+    spread: Any = 1
     if pools[name] == "max":
-        dilation, ceil = options
+        spread, ceil = options
         if ceil:
             return None
     else:
@@ -168,7 +170,7 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
         _three(kernel, rank, 1),
         _three(stride or kernel, rank, 1),
         _three(padding, rank, 0),
-        _three(dilation, rank, 1),
+        _three(spread, rank, 1),
     )
     if pools[name] == "max":
         return Layer("max_pool", step, channels, size, before[1], one, (1, 1, 1), window)

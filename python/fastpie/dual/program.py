@@ -150,6 +150,7 @@ class Convolution(Step):
         weight: [C_out, C_in / groups, *kernel].
         stride: one number for each spatial dimension, like `padding` and `dilation`.
         padding: zeros on both sides of each spatial dimension.
+        padding_behind: zeros behind each, where they are not as many as before it.
         norm: of the C_out channels, to be folded into weight and bias.
         residual: of the result's shape and dtype, defined before this step.
     """
@@ -161,9 +162,17 @@ class Convolution(Step):
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
     groups: int
+    padding_behind: tuple[int, ...] | None = None
     norm: Norm | None = None
     residual: Value | None = None
     activation: Activation | None = None
+
+    def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """Input and padding for an operator that pads both sides alike."""
+        if self.padding_behind is None:
+            return x, self.padding
+        sides = zip(reversed(self.padding), reversed(self.padding_behind), strict=True)
+        return functional.pad(x, [n for pair in sides for n in pair]), (0,) * len(self.padding)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,7 +409,8 @@ def run_step(step: Step, values: Mapping[Value, Any], lookup: Lookup) -> Any:
         x = functional.linear(x, weight, bias)
     else:
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(step.stride) - 1]
-        x = convolve(x, weight, bias, step.stride, step.padding, step.dilation, step.groups)
+        x, padding = step.padded(x)
+        x = convolve(x, weight, bias, step.stride, padding, step.dilation, step.groups)
     if step.norm is not None:
         x = normalize(x, step.norm, lookup)
     if step.residual is not None:

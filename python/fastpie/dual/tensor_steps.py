@@ -118,11 +118,15 @@ def _prepacked(
         return None
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return None
-    size = None if sizes is None else list(sizes)
-    packed = reorder(
-        channels_last(weight), step.padding, step.stride, step.dilation, step.groups, size
-    )
+    size = None if sizes is None else list(step.padded(torch.empty(sizes, device="meta"))[0].shape)
+    padding = _both_sides(step)
+    packed = reorder(channels_last(weight), padding, step.stride, step.dilation, step.groups, size)
     return packed, unary, in_place
+
+
+def _both_sides(step: Convolution) -> list[int]:
+    """What is left to pad on both sides of `step.padded`."""
+    return [0] * len(step.padding) if step.padding_behind else list(step.padding)
 
 
 def _convolution(
@@ -142,20 +146,19 @@ def _convolution(
     if packed is None:
         return "torch", _torch_convolution(step, weight.clone(), bias, finish)
     prepacked, unary, in_place = packed
-    geometry = (list(step.padding), list(step.stride), list(step.dilation), step.groups)
+    geometry = (_both_sides(step), list(step.stride), list(step.dilation), step.groups)
     if fused is None:
 
         def run_apart(values: dict[Value, Any]) -> Tensor:
-            return finish(
-                unary(values[step.input], prepacked, bias, *geometry, "none", [], ""), values
-            )
+            x, _ = step.padded(values[step.input])
+            return finish(unary(x, prepacked, bias, *geometry, "none", [], ""), values)
 
         return "onednn", run_apart
     attribute, scalars, algorithm = fused
     if step.residual is None:
 
         def run(values: dict[Value, Any]) -> Tensor:
-            x = values[step.input]
+            x, _ = step.padded(values[step.input])
             return unary(  # type: ignore[no-any-return]
                 x, prepacked, bias, *geometry, attribute, scalars, algorithm
             )
@@ -165,7 +168,8 @@ def _convolution(
     after = None if attribute == "none" else attribute
 
     def run_binary(values: dict[Value, Any]) -> Tensor:
-        x, residual = values[step.input], channels_last(values[step.residual])  # type: ignore[index]
+        x, _ = step.padded(values[step.input])
+        residual = channels_last(values[step.residual])  # type: ignore[index]
         if overwrite_residual:
             operands = (residual, x, prepacked, bias, *geometry)
             return in_place.binary(  # type: ignore[no-any-return]
@@ -185,8 +189,8 @@ def _torch_convolution(
     convolve = _CONV[weight.ndim - 2]
 
     def run(values: dict[Value, Any]) -> Tensor:
-        x = values[step.input]
-        y = convolve(x, weight, bias, step.stride, step.padding, step.dilation, step.groups)
+        x, padding = step.padded(values[step.input])
+        y = convolve(x, weight, bias, step.stride, padding, step.dilation, step.groups)
         return finish(y, values)
 
     return run

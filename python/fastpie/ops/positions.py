@@ -276,11 +276,17 @@ def views_of(
     stride: tuple[int, int, int],
     padding: tuple[int, int, int],
     dilation: tuple[int, int, int],
+    padding_behind: tuple[int, int, int] | None = None,
 ) -> Views:
-    """The shifted views of a convolution of an input of `size` (D, H, W)."""
+    """The shifted views of a convolution of an input of `size` (D, H, W).
+
+    `padding` is on both sides, unless `padding_behind` says otherwise.
+    """
     out = tuple(
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+        (n + p + b - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d, b in zip(
+            size, kernel, stride, padding, dilation, padding_behind or padding, strict=True
+        )
     )
     axes = []  # for each axis and tap the phase and the shift
     for k, s, p, d in zip(kernel, stride, padding, dilation, strict=True):
@@ -302,7 +308,7 @@ def views_of(
             need = max(need, stored[i][axis] - out[axis] + before, before)
         halo.append(need)
     return Views(
-        out,  # type: ignore[arg-type]
+        out,
         tuple(used),  # type: ignore[arg-type]
         taps,  # type: ignore[arg-type]
         tuple(halo),  # type: ignore[arg-type]
