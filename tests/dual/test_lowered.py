@@ -180,6 +180,51 @@ class WideToNarrow(nn.Module):
         return functional.relu(self.fc2(functional.relu(self.fc1(x))) + x)
 
 
+class Gates(nn.Module):
+    """Squeeze-and-excitation in the ways it is written, on wide and on narrow maps."""
+
+    def __init__(self, dims: int = 2) -> None:
+        super().__init__()
+        conv = getattr(nn, f"Conv{dims}d")
+        self.dims = dims
+        self.average = getattr(nn, f"AdaptiveAvgPool{dims}d")(1)
+        self.stem, self.middle = conv(3, 16, 3, padding=1), conv(16, 16, 3, 2, 1)
+        self.squeeze, self.excite = conv(16, 4, 1), conv(4, 16, 1)
+        self.fc1, self.fc2 = nn.Linear(16, 4), nn.Linear(4, 16)
+        self.last, self.head = conv(16, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        spatial = list(range(2, self.dims + 2))
+        x = functional.silu(self.stem(x))
+        gate = torch.sigmoid(self.excite(functional.silu(self.squeeze(self.average(x)))))
+        x = functional.relu(self.middle(x * gate))
+        gate = self.fc2(functional.relu(self.fc1(x.mean(spatial)))).sigmoid()
+        x = gate.view(-1, 16, *[1] * self.dims) * x
+        means = x.mean(spatial, keepdim=True)
+        return self.head(self.last(x).mean(spatial)), means
+
+
+@pytest.mark.parametrize(
+    ("dims", "size"), [(1, (67,)), (2, (56, 55)), (2, (13, 14)), (3, (9, 8, 12))]
+)
+def test_squeeze_and_excitation(dims: int, size: tuple[int, ...], form: str) -> None:
+    model = Gates(dims).eval()
+    dual = DualModel(model, fastpie.prune(model, 0.7, scope="layer")).eval()
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
+        engine = dual.compile(torch.randn(17, 3, *size), backend="cpu", precision=precision)
+        if form == "positions":
+            kernels = [row["kernel"] for row in engine.report() if row["model"] != "dense"]
+            assert kernels.count("positions") >= 5  # averages and factors
+        for batch in (17, 1, 4):
+            x = torch.randn(batch, 3, *size)
+            assert relative_error(engine(x), dual(x)) < tolerance
+        x[1, 0, 0] = torch.nan
+        got = engine(x)
+        assert got.pruned[0][1].isnan().all()
+        rest = [0, 2, 3]
+        assert relative_error(got.pruned[0][rest], dual(x[rest]).pruned[0]) < tolerance
+
+
 def test_micro_batches_hold_whole_groups_of_interleaved_images(form: str) -> None:
     model = WideToNarrow().eval()
     dual = DualModel(model, fastpie.prune(model, 0.6, scope="layer")).eval()

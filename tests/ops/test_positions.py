@@ -68,7 +68,7 @@ def test_each_tap_of_each_output_pixel_reads_its_input_pixel_or_a_zero(
         assert not memory[at].any()
         memory[at] = part
     # What the taps should read: the input with zeros around it.
-    padded = np.pad(numbers, [*zip(padding, behind, strict=True)] + [(0, 0)])
+    padded = np.pad(numbers, [*zip(padding, behind, strict=True), (0, 0)])
     offsets = views.tap_offsets(positions)
     assert len(offsets) == math.prod(kernel)
     output = positions.guard + places(positions, views.size)

@@ -310,7 +310,17 @@ class Lowered:
         finally:
             with self._lock:
                 self._workspaces.append(workspaces)
-        return [self._outputs(values, m, images) for m in range(self._models())]
+        broken = self._broken(inputs, batched) if self.images_apart else None
+        return [self._outputs(values, m, images, broken) for m in range(self._models())]
+
+    def _broken(self, inputs: Sequence[Tensor], batched: Sequence[Value]) -> Tensor | None:
+        """Which images have a NaN, if any has; oneDNN's fused activations make a number of it."""
+        found = None
+        for value, x in zip(self.program.inputs, inputs, strict=True):
+            if value in batched and x.is_floating_point():
+                nan = x.detach().flatten(1).sum(1).isnan() if x.ndim > 1 else x.isnan()
+                found = nan if found is None else found | nan
+        return found if found is not None and bool(found.any()) else None
 
     def _models(self) -> int:
         return len(next(iter(self._owners.values())))
@@ -319,9 +329,9 @@ class Lowered:
         return [Workspace(one.codes, self._batch) for one in self.passes]
 
     def _outputs(
-        self, values: dict[tuple[Value, int], Any], model: int, images: int
+        self, values: dict[tuple[Value, int], Any], model: int, images: int, broken: Tensor | None
     ) -> tuple[Any, Any]:
-        """Fresh tensors in the model's own dtype."""
+        """Fresh tensors in the model's own dtype, NaN for images that are `broken`."""
 
         def fresh(value: Value) -> Any:
             x = values[value, self._owners[value][model]]
@@ -330,7 +340,10 @@ class Lowered:
             meta = self.program.meta.get(value)
             if images == 0 and meta is not None and None in meta.shape[:1]:
                 x = x[:0]
-            return x.clone() if meta is None else x.to(meta.dtype, copy=True)
+            x = x.clone() if meta is None else x.to(meta.dtype, copy=True)
+            if broken is not None and x.is_floating_point():
+                x[broken] = torch.nan
+            return x
 
         found = {value: fresh(value) for value in self.program.outputs()}
 

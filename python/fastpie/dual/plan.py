@@ -18,9 +18,11 @@ from fastpie.dual.position_steps import (
     Layer,
     Size,
     as_5d,
+    global_average,
     layer_of,
     pack,
     position_step,
+    scale,
     unpack,
 )
 from fastpie.dual.program import Affine, Call, Convolution, Linear, Program, Step, Value
@@ -267,10 +269,11 @@ class _Costs:
 
     def _conversion(self, value: Value, chosen: set[int]) -> float:
         """Seconds to have a value in every form in which it is read."""
-        here = self._makers.get(value) in chosen
+        maker = self._makers.get(value)
+        here = maker in chosen and not self._layers[maker].gives_tensor
         for i in self._readers.get(value, ()):
-            there = i in chosen
-            either = there and value == self._program.steps[i].values()[0] and self._takes_either(i)
+            there = i in chosen and self._layers[i].reads_on_positions(value)
+            either = there and value == self._layers[i].source and self._takes_either(i)
             if there != here and not either:
                 return self._time_conversion(value, to_positions=there)
         return 0.0
@@ -330,6 +333,8 @@ class _Costs:
         images = min(self._batch, positions.images * torch.get_num_threads())
         density: float | None = None
         options = [(14, False)]
+        if layer.kind in ("global_average", "scale"):
+            return Choice(True, "positions", self._time_gate(i))
         if layer.kind == "concatenate":  # its inputs are written where the result lies
             return Choice(True, "in place")
         if layer.kind == "convolution":
@@ -354,6 +359,21 @@ class _Costs:
             timed.append(Choice(True, name, seconds, (), lines, blocked))
         return min(timed, key=lambda c: c.seconds)
 
+    def _time_gate(self, i: int) -> float:
+        layer = self._layers[i]
+        positions = self._geometries.of(layer.size)
+        images = min(self._batch, positions.images * torch.get_num_threads())
+
+        def prepare() -> Any:
+            source, output = (Buffer(positions, layer.channels, images) for _ in range(2))
+            if layer.gives_tensor:
+                return lambda: global_average(source, images)
+            factor = torch.ones((images, layer.channels), dtype=self._dtype)
+            return lambda: scale(source, factor, output, images)
+
+        key = ("positions", layer.kind, layer.channels, positions, images)
+        return self._tuner.seconds(key, prepare) / images
+
     def _prepare_on_positions(
         self, layer: Layer, positions: Positions, images: int, lines: int, blocked: bool
     ) -> Any:
@@ -363,8 +383,7 @@ class _Costs:
         run = position_step(
             layer, self._state, positions, lines=lines, blocked=blocked, chunks=chunks
         )
-        source = values[step.values()[0]]
-        source = as_5d(source)
+        source = as_5d(values[layer.source])
         apart = None
         input: Any = source
         if layer.kind != "affine" and layer.reads_in_place:

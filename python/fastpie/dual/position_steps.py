@@ -19,6 +19,7 @@ from fastpie.dual.program import (
     Program,
     Step,
     TensorName,
+    Value,
 )
 from fastpie.dual.states import ModelState, fold, norm_scale_shift
 from fastpie.dual.tensor_steps import known_slope
@@ -31,10 +32,12 @@ __all__ = [
     "PackedStep",
     "Size",
     "as_5d",
+    "global_average",
     "layer_of",
     "pack",
     "position_step",
     "same_views",
+    "scale",
     "unpack",
 ]
 
@@ -53,8 +56,9 @@ class Layer:
     """A step that can be computed on positions.
 
     Attributes:
-        kind: "convolution" (also a linear layer), "max_pool", "average_pool", "affine" or
-            "concatenate".
+        kind: "convolution" (also a linear layer), "max_pool", "average_pool", "affine",
+            "concatenate", "global_average" (whose result is a tensor) or "scale" (by a tensor, one
+            factor for each image and channel).
         step: as captured.
         channels: of the result.
         size: (D, H, W) of the result.
@@ -62,6 +66,7 @@ class Layer:
         views: the input as shifted views; of one tap for "affine" and "concatenate".
         stride: of the views.
         window: kernel, stride, padding and dilation of "max_pool".
+        factor: which operand of "scale" is the factor.
     """
 
     kind: str
@@ -72,6 +77,23 @@ class Layer:
     views: Views
     stride: Size
     window: tuple[Size, Size, Size, Size] | None = None
+    factor: int = 0
+
+    @property
+    def source(self) -> Value:
+        """The value that it reads on positions; a concatenation reads all."""
+        if self.kind == "scale":
+            return self.step.values()[self.factor == 0]
+        return self.step.values()[0]
+
+    @property
+    def gives_tensor(self) -> bool:
+        """Whether the result is a tensor."""
+        return self.kind == "global_average"
+
+    def reads_on_positions(self, value: Value) -> bool:
+        """Whether it reads a value of its step there, and not as a tensor."""
+        return self.kind != "scale" or value == self.source
 
     @property
     def reads_in_place(self) -> bool:
@@ -114,6 +136,10 @@ def _three(values: Any, rank: int, fill: int) -> Size:
 
 def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
     """The step as a layer on positions in one model, or None if it cannot be one."""
+    if isinstance(step, Call) and not step.kwargs:
+        gate = _global_average(program, step) or _scale(program, step)
+        if gate is not None:
+            return gate
     source = step.values()[0] if step.values() else None
     ranks = (0,) if isinstance(step, Linear) else (1, 2, 3)
     before, after = _known_size(program, source, ranks), _known_size(program, step.result, ranks)
@@ -125,6 +151,8 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
     if isinstance(step, Convolution | Linear):
         keep = state.keep.get(step.weight)
         weight = state.tensors[step.weight]
+        if isinstance(step, Convolution) and size == before[1] == (1, 1, 1):
+            return None  # of a gate: little work, and a geometry that wants many images
         dense = keep is None or keep.sum() > _MAX_DENSITY * keep.numel()
         depthwise = isinstance(step, Convolution) and weight.shape[1] == 1 and step.groups > 1
         if weight.numel() == 0 or (dense and not depthwise):
@@ -176,6 +204,39 @@ def layer_of(program: Program, step: Step, state: ModelState) -> Layer | None:
         return Layer("max_pool", step, channels, size, before[1], one, (1, 1, 1), window)
     views = views_of(before[1], *window)
     return _if_halo_fits(Layer("average_pool", step, channels, size, before[1], views, window[1]))
+
+
+def _global_average(program: Program, step: Call) -> Layer | None:
+    """The average over all pixels, as squeeze-and-excitation and classifiers begin with."""
+    name = str(step.target)
+    before = _known_size(program, step.args[0]) if step.args else None
+    if before is None:
+        return None
+    rank = len(program.meta[step.args[0]].shape) - 2
+    spatial = set(range(2, rank + 2))
+    if name == f"aten.adaptive_avg_pool{rank}d.default":
+        if any(n != 1 for n in step.args[1]):
+            return None
+    elif name != "aten.mean.dim" or {d % (rank + 2) for d in step.args[1] or ()} != spatial:
+        return None
+    channels, size = before
+    return Layer("global_average", step, channels, size, size, same_views(size), (1, 1, 1))
+
+
+def _scale(program: Program, step: Call) -> Layer | None:
+    """Each channel of each image times a factor, as squeeze-and-excitation ends."""
+    if str(step.target) != "aten.mul.Tensor" or len(step.values()) != 2:
+        return None
+    for factor, value in enumerate(step.values()):
+        known = _known_size(program, step.values()[1 - factor])
+        gate = _known_size(program, value)
+        if known is None or gate != (known[0], (1, 1, 1)) or known[1] == (1, 1, 1):
+            continue
+        if program.meta[step.result].shape == program.meta[step.values()[1 - factor]].shape:
+            channels, size = known
+            one = same_views(size)
+            return Layer("scale", step, channels, size, size, one, (1, 1, 1), factor=factor)
+    return None
 
 
 def _all_zero(padding: Any) -> bool:
@@ -349,6 +410,22 @@ def _affine(layer: Layer, state: ModelState) -> PositionStep:
         )
 
     return run
+
+
+def global_average(source: Buffer, images: int) -> Tensor:  # [N, C]
+    """The average over the pixels of each channel of each image."""
+    means = source.pixels(images).mean((2, 3, 4))  # [groups, C, images of a group]
+    return means.transpose(1, 2).flatten(0, 1)[:images]
+
+
+def scale(source: Buffer, factor: Tensor, output: Buffer, images: int) -> None:
+    """Multiply each channel of each image by factor [N, C, ...]; the halo stays as it is."""
+    groups, lanes = source.positions.groups(images), source.positions.images
+    factor = factor.flatten(1)
+    if groups * lanes > images:
+        factor = torch.cat([factor, factor.new_zeros(groups * lanes - images, factor.shape[1])])
+    each = factor.view(groups, lanes, -1).transpose(1, 2)[:, :, None, None, None]
+    torch.mul(source.pixels(images), each, out=output.pixels(images))
 
 
 def pack(x: Tensor, buffer: Buffer) -> None:  # x: [N, C, ...]

@@ -17,9 +17,11 @@ from fastpie.dual.position_steps import (
     PositionStep,
     Size,
     as_5d,
+    global_average,
     pack,
     position_step,
     same_views,
+    scale,
     unpack,
 )
 from fastpie.dual.program import Affine, Call, Convolution, Linear, Program, Value
@@ -271,7 +273,7 @@ class SegmentCompiler:
                 self._last[value] = i
         # What is made on positions for later segments stays there; the rest goes as tensors.
         self._hold = {
-            v for v in later - outside if v in self._made and plan.choices[self._made[v]].positions
+            v for v in later - outside if v in self._made and self._made_on_positions(self._made[v])
         }
         self._wanted = outside | later - self._hold
         self._instructions: list[Instruction] = []
@@ -320,6 +322,9 @@ class SegmentCompiler:
             self._storages,
             self._places,
         )
+
+    def _made_on_positions(self, i: int) -> bool:
+        return self._choices[i].positions and not self._layers[i].gives_tensor
 
     # ------------------------------------------------------------------ tensors
 
@@ -399,7 +404,10 @@ class SegmentCompiler:
         if layer.kind == "concatenate":
             self._concatenate(i, layer, positions)
             return
-        source = step.values()[0]
+        if layer.kind in ("global_average", "scale"):
+            self._gate(i, layer, positions)
+            return
+        source = layer.source
         copies = layer.kind == "affine" or not layer.reads_in_place
         from_tensor = copies and (
             source not in self._where
@@ -441,7 +449,7 @@ class SegmentCompiler:
         self, i: int, run: PositionStep, layer: Layer, choice: Choice, place: int | None
     ) -> None:
         step = self._program.steps[i]
-        source = step.values()[0]
+        source = layer.source
         positions = self._geometries.of(layer.size)
         residual = None
         if isinstance(step, Convolution | Linear) and step.residual is not None:
@@ -588,6 +596,34 @@ class SegmentCompiler:
 
         self._emit(i, f"positions, {len(copies)} copied", execute)
         self._where[step.result] = result
+        if step.result in self._wanted:
+            self._need_tensor(step.result)
+
+    def _gate(self, i: int, layer: Layer, positions: Positions) -> None:
+        """The two ends of squeeze-and-excitation: an average, and a factor for each channel."""
+        self._end_chain()
+        step = self._program.steps[i]
+        self._need_positions(layer.source, layer.size)
+        source = self._where[layer.source]
+        if layer.gives_tensor:
+            shape = [int(n or 0) for n in self._program.meta[step.result].shape[1:]]
+
+            def average(frame: Frame) -> None:
+                means = global_average(frame.buffers[source], frame.images)
+                frame.values[step.result] = means.reshape(frame.images, *shape)
+
+            self._emit(i, "positions", average)
+            self._tensors.add(step.result)
+            return
+        factor = step.values()[layer.factor]
+        self._need_tensor(factor)
+        output = self._allocate_for(step.result, positions, layer.channels)
+
+        def execute(frame: Frame) -> None:
+            scale(frame.buffers[source], frame.values[factor], frame.buffers[output], frame.images)
+
+        self._emit(i, "positions", execute)
+        self._where[step.result] = output
         if step.result in self._wanted:
             self._need_tensor(step.result)
 
