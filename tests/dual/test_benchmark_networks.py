@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ SIZES: dict[str, tuple[int, ...]] = {
     "unet": (32, 48),
     "resnet18_3d": (31, 33, 45),
 }
+pytestmark = pytest.mark.usefixtures("captured_once", "mixed_form")
 every = pytest.mark.parametrize("name", sorted(benchmark_networks.NETWORKS))
 
 
+@functools.cache
 def network(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     model, size = benchmark_networks.build(name)
     return model, (size[0], *SIZES.get(name, (31, 45)))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import random
 import threading
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,27 +17,10 @@ from fastpie import _C, DualModel, FastpieError
 from fastpie.dual import tuning
 from networks import MONAI, SMALL, Network
 
+pytestmark = pytest.mark.usefixtures("captured_once")
 captured = [n for n in SMALL if n.name != "control_flow"]
 networks = pytest.mark.parametrize("network", captured, ids=lambda n: n.name)
 monai = pytest.mark.parametrize("network", MONAI, ids=lambda n: n.name)
-
-
-@pytest.fixture(params=["positions", "tensors", "mixed"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Make the kernels of one form the fastest; "mixed": a random choice for each layer."""
-    generator = random.Random(5)
-    known: dict[Any, float] = {}
-
-    def seconds(self: tuning.Tuner, key: Any, work: Callable[[], Callable[[], Any]]) -> float:
-        if key not in known:
-            work()()  # what would be timed must run
-            known[key] = generator.random()
-        if request.param == "mixed":
-            return known[key]
-        return 1e-6 if (key[0] == "tensor") == (request.param == "tensors") else 1e-3
-
-    monkeypatch.setattr(tuning.Tuner, "seconds", seconds)
-    return request.param
 
 
 def on_positions(engine: fastpie.DualEngine) -> int:
