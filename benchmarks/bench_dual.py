@@ -79,7 +79,7 @@ class Worker:
                 stderr=stderr,
                 text=True,
                 cwd=ROOT,
-                env={**os.environ, **peers.cache_environment(caches)},
+                env={**os.environ, **peers.environment(name, caches)},
                 start_new_session=True,  # helpers that it starts are stopped and ended with it
             )
 
