@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 import fastpie
 
-__all__ = ["NETWORKS", "Layer", "build", "layers_of", "masks_for", "multiply_adds", "task_of"]
+__all__ = [
+    "NETWORKS",
+    "Layer",
+    "build",
+    "layers_of",
+    "masks_for",
+    "multiply_adds",
+    "multiply_adds_by_layer",
+    "task_of",
+]
 
 _SEED = 7
 
@@ -289,20 +298,25 @@ def layers_of(name: str) -> list[Layer]:
 
 def multiply_adds(name: str) -> int:
     """Multiply-adds of convolutions and linear layers for one example."""
+    return sum(multiply_adds_by_layer(name).values())
+
+
+def multiply_adds_by_layer(name: str) -> dict[str, int]:
+    """Multiply-adds of each convolution and linear layer for one example, by module name."""
     network = NETWORKS[name]
     with torch.device("meta"):
         model = network.factory().eval()
-    total = 0
+    names = {module: path for path, module in model.named_modules()}
+    found: dict[str, int] = {}
 
     def count(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            total += args[0].numel() * module.weight[0].numel()
-        else:
-            total += output.numel() * module.weight[0].numel()
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        pixels = args[0] if transposed else output
+        path = names[module]
+        found[path] = found.get(path, 0) + pixels.numel() * module.weight[0].numel()
 
     _run_watched(model, torch.empty(1, *network.size, device="meta"), count)
-    return total
+    return found
 
 
 def _run_watched(model: nn.Module, x: Tensor, watch: Callable[..., None]) -> None:

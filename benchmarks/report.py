@@ -1,7 +1,8 @@
-"""`make bench-report`: README's tables and the plots in docs/ from the committed results.
+"""`make bench-report`: the tables of the documents and the plots in docs/ from the committed results.
 
-A block of the README lies between `<!-- NAME:begin -->` and `<!-- NAME:end -->`: `benchmarks` (what
-is fast by itself), `benchmarks:dual` (whole networks), `demo`.
+A block lies between `<!-- NAME:begin -->` and `<!-- NAME:end -->`: `benchmarks` (what
+is fast by itself), `benchmarks:dual` (whole networks), `demo` in the README; `goals`, `layers` in
+docs/design/cpu-engine.md.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.goals import goals_table, layers_table
 from benchmarks.harness import RESULTS
 
 ROOT = RESULTS.parent.parent
@@ -263,8 +265,21 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
+def fill(path: Path, blocks: dict[str, str]) -> None:
+    """Rewrite what is between the markers of a document."""
+    text = path.read_text()
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if begin not in text:
+            print(f"{path.name} has no block {name}")
+        text = re.sub(
+            f"{begin}.*{end}", lambda _, b=f"{begin}\n{block}\n{end}": b, text, flags=re.DOTALL
+        )
+    path.write_text(text)
+
+
 def main() -> None:
-    """Rewrite what is between the markers of the README, and the plots."""
+    """Rewrite what is between the markers of the documents, and the plots."""
     rows = load()
     dual = [row for row in rows if row["head"]["what"] == "dual-forward"]
     speed = [row for row in rows if "ratio" in row and row not in dual]
@@ -272,19 +287,12 @@ def main() -> None:
     if dual:
         blocks["benchmarks:dual"] = dual_table(dual)
         plot_dual(dual, ROOT / "docs" / "dual.svg")
+        tables = {"goals": goals_table(dual), "layers": layers_table(dual)}
+        fill(ROOT / "docs" / "design" / "cpu-engine.md", tables)
     for row in rows:
         if row["head"]["what"] == "demo":
             blocks["demo"] = demo_table(row)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    for name, block in blocks.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        if begin not in text:
-            print(f"README.md has no block {name}")
-        text = re.sub(
-            f"{begin}.*{end}", lambda _, b=f"{begin}\n{block}\n{end}": b, text, flags=re.DOTALL
-        )
-    readme.write_text(text)
+    fill(ROOT / "README.md", blocks)
     plot(speed, ROOT / "docs" / "benchmarks.svg")
     print(f"{len(rows)} rows")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import bench_dual, harness, report
+from benchmarks import bench_dual, goals, harness, report
 
 CASE = {
     "network": "tiny", "batch": 2, "size": [3, 32, 32], "precision": "fp32", "sparsity": 0.9,
@@ -105,6 +105,34 @@ def test_the_plot_shows_the_case_nearest_to_the_goals(tmp_path, monkeypatch):
     assert len(cases) == 4
     best = max((case[0] for case in cases), key=report._interest)
     assert (best["batch"], best["sparsity"]) == (16, 0.9)
+
+
+def test_goals_stand_beside_what_was_measured(tmp_path, monkeypatch):
+    case = {**CASE, "network": "resnet50", "batch": 16, "size": [3, 224, 224]}
+    part = {"model": "dense", "layer": "fc/linear", "kernel": "torch", "images": 0, "over": []}
+    other = {**part, "model": "pruned", "images": 16, "seconds": 0.16 * 2048 * 1000 / 97e9}
+    described = {"compile_seconds": {"cold": 9.0, "cached": 2.0}, "memory_mib": {"running": 100}}
+    rows = [
+        *rows_of(case),
+        *rows_of({**case, "kind": "random"}, {"fastpie-dual": timing(1)}),
+        {**case, "provider": "fastpie", "report": [{**part, "seconds": 1}, other], **described},
+        {**case, "provider": "compile", **described},
+    ]
+    loaded_rows = loaded(tmp_path, monkeypatch, rows)
+    lines = goals.goals_table(loaded_rows).splitlines()
+    assert lines[2].endswith(
+        "| 1.45x | 1.65x | 1.72x | not measured | not measured | 1.50x | not measured |"
+    )
+    assert lines[3].endswith("| not measured | not measured | 0.95 | not measured |")
+    assert "9.0 s, 2.0 s from the cache" in lines[-1]
+    layers = goals.layers_table(loaded_rows).splitlines()
+    assert layers[0].startswith("Dense pass 1000 ms")
+    # As many multiply-adds as a tenth of 16 images has, in a tenth of the time at the peak.
+    assert layers[-1].split(" | ")[4] == "10.00"
+    document = tmp_path / "page.md"
+    document.write_text("a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n")
+    report.fill(document, {"x": "new \\1"})
+    assert document.read_text() == "a\n<!-- x:begin -->\nnew \\1\n<!-- x:end -->\nb\n"
 
 
 @pytest.mark.timeout(300)

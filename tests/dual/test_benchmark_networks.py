@@ -38,15 +38,19 @@ def worst(engine: Any, dual: DualModel, x: Tensor) -> float:
 
 
 @every
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 0.1)])
-def test_odd_sizes_and_batches(name: str, precision: str, tolerance: float) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_odd_sizes_and_batches(name: str, precision: str) -> None:
     model, size = network(name)
     masks = benchmark_networks.masks_for(model, 0.9, scope="layer")
     dual = DualModel(model, masks).eval()
-    engine = dual.compile(torch.randn(17, *size), backend="cpu", precision=precision)
+    example = torch.randn(17, *size)
+    engine = dual.compile(example, backend="cpu", precision=precision)
     assert engine.backend == "cpu"
+    plain = dual.compile(example, backend="reference", precision=precision)
     for batch in (17, 1, 3):
-        assert worst(engine, dual, torch.randn(batch, *size)) < tolerance
+        x = torch.randn(batch, *size)
+        rounding = 2 * worst(plain, dual, x)  # of PyTorch's own passes in this precision
+        assert worst(engine, dual, x) < max(rounding, 1e-4)
 
 
 @every

@@ -317,8 +317,11 @@ class Lowered:
         """Which images have a NaN, if any has; oneDNN's fused activations make a number of it."""
         found = None
         for value, x in zip(self.program.inputs, inputs, strict=True):
-            if value in batched and x.is_floating_point():
-                nan = x.detach().flatten(1).sum(1).isnan() if x.ndim > 1 else x.isnan()
+            if value not in batched or not x.is_floating_point():
+                continue
+            pixels = x.detach().reshape(len(x), -1)
+            if pixels.sum(1).isnan().any():  # or infinities of both signs
+                nan = pixels.isnan().any(1)
                 found = nan if found is None else found | nan
         return found if found is not None and bool(found.any()) else None
 
