@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 import fastpie
 from fastpie import _C, DualModel, FastpieError
-from fastpie.dual import tuning
+from fastpie.dual import segment, tuning
 from networks import MONAI, SMALL, Network
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -159,6 +159,44 @@ class WideToNarrow(nn.Module):
         x = self.again(functional.relu(self.narrow(x)))
         x = functional.relu(self.last(self.up(torch.sigmoid(x)))).mean((2, 3))
         return functional.relu(self.fc2(functional.relu(self.fc1(x))) + x)
+
+
+class Stem(nn.Module):
+    """Convolutions whose results are pooled: kept whole, used twice, in a concatenation."""
+
+    def __init__(self, dims: int = 2) -> None:
+        super().__init__()
+        conv = getattr(nn, f"Conv{dims}d")
+        self.pool = getattr(nn, f"MaxPool{dims}d")(3, 2, 1)
+        self.first, self.second = conv(3, 37, 5, 2, 2), conv(37, 21, 3, padding=1)
+        self.third, self.last = conv(21, 8, 1), conv(29, 6, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.pool(functional.relu(self.first(x)))
+        x = self.pool(functional.silu(self.second(x)))
+        y = self.third(x)
+        z = functional.relu(self.last(torch.cat([x, y], 1)))
+        return z, self.pool(z)
+
+
+@pytest.mark.parametrize(
+    ("dims", "size"), [(1, (777,)), (2, (90, 77)), (2, (224, 224)), (3, (20, 22, 18))]
+)
+@pytest.mark.parametrize("at_once", [1, 50_000, 10_000_000])
+def test_pooled_convolutions(
+    dims: int, size: tuple[int, ...], at_once: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segment, "_POOLED_BYTES", at_once)
+    model = Stem(dims).eval()
+    dual = DualModel(model, fastpie.prune(model, 0.7, scope="layer")).eval()
+    for precision, tolerance in (("fp32", 1e-5), ("bf16", 0.05)):
+        engine = dual.compile(torch.randn(5, 3, *size), backend="cpu", precision=precision)
+        if form == "positions" and at_once == 1:
+            kernels = [row["kernel"] for row in engine.report() if row["model"] != "dense"]
+            assert sum("with max_pool" in kernel for kernel in kernels) == 2
+        for batch in (5, 1, 4):
+            x = torch.randn(batch, 3, *size)
+            assert relative_error(engine(x), dual(x)) < tolerance
 
 
 class Gates(nn.Module):

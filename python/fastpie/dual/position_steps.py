@@ -302,17 +302,21 @@ class PackedStep:
         images: int,
     ) -> None:
         """Compute the layer; see PositionStep."""
-        if apart is not None:
-            to_positions(source, apart, self.layer.views, self.layer.stride, images=images)
-            source = apart
         self.packed.run(
-            source,
+            self.taken_apart(source, apart, images),
             output,
             images,
             residual=residual,
             activation=self.activation,
             slope=self.slope,
         )
+
+    def taken_apart(self, source: Any, apart: Buffer | None, images: int) -> Buffer:
+        """The input as the kernel reads it: its phases, or as it lies."""
+        if apart is None:
+            return source  # type: ignore[no-any-return]
+        to_positions(source, apart, self.layer.views, self.layer.stride, images=images)
+        return apart
 
 
 def _run_packed(layer: Layer, packed: PackedConv, activation: Activation | None) -> PackedStep:
@@ -378,7 +382,7 @@ def _max_pool(layer: Layer) -> PositionStep:
             *window,
             dtype_code(after.dtype),
             after.groups(images),
-            layer.channels,
+            output.channels,
             after.images,
             torch.get_num_threads(),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -120,12 +121,10 @@ class Workspace:
 
     def __init__(self, codes: Sequence[Code], batch: int) -> None:
         """Allocate for the micro-batches of each segment, and for what is held between them."""
-        held = {
-            p.held: Buffer(p.positions, p.of, batch)
-            for code in codes
-            for p in code.places
-            if p.held is not None
-        }
+        held: dict[Value, Buffer] = {}
+        for place in (p for code in codes for p in code.places):
+            if place.held is not None and place.held not in held:
+                held[place.held] = Buffer(place.positions, place.of, batch)
         self.buffers: list[list[Buffer]] = []
         for code in codes:
             images = code.images or batch
@@ -231,6 +230,11 @@ class _Member:
 _CHAIN_LINES = 8  # of a tile: the tiles of a bottleneck of ResNet-50 together fit 1 MiB of L2
 
 
+_POOLED_BYTES = 384 << 10
+"""Of a convolution's result that waits for its pooling at a time, for each thread: with the input
+it fits 1 MiB of L2."""
+
+
 class SegmentCompiler:
     """Turns the steps of a segment into instructions, once.
 
@@ -285,6 +289,7 @@ class SegmentCompiler:
         self._slots: dict[Value, tuple[int, int, int]] = {}  # root, first channel, of
         self._chain: list[_Member] = []
         self._chain_drop: list[Value] = []
+        self._pooled: set[int] = set()  # poolings that run with the convolution before them
         self._roots: dict[int, int] = {}  # storage of each root
         self._root_users: dict[int, set[Value]] = {}
 
@@ -399,6 +404,8 @@ class SegmentCompiler:
     # ------------------------------------------------------------------ positions
 
     def _on_positions(self, i: int) -> None:
+        if i in self._pooled:
+            return
         step, layer, choice = self._program.steps[i], self._layers[i], self._choices[i]
         positions = self._geometries.of(layer.size)
         if layer.kind == "concatenate":
@@ -427,6 +434,11 @@ class SegmentCompiler:
             and not copies
             and positions.groups(self._images) >= torch.get_num_threads()
         )
+        pool = self._pool_behind(i)
+        if pool is not None and residual is None:
+            self._end_chain()
+            self._with_pool(i, pool, None if from_tensor else self._where[source])
+            return
         if not chains or (self._chain and self._chain[0].run.packed.positions != positions):
             self._end_chain()
         run = position_step(
@@ -444,6 +456,68 @@ class SegmentCompiler:
             self._alone(i, run, layer, choice, None if from_tensor else self._where[source])
         if step.result in self._wanted:
             self._need_tensor(step.result)
+
+    def _pool_behind(self, i: int) -> int | None:
+        """The max pooling that alone reads the result of a convolution too large for the cache."""
+        result = self._program.steps[i].result
+        readers = [j for j in self._segment.steps if result in self._program.steps[j].values()]
+        if result in self._wanted or result in self._hold or len(readers) != 1:
+            return None
+        pool = self._layers.get(readers[0])
+        if self._layers[i].kind != "convolution" or pool is None or pool.kind != "max_pool":
+            return None
+        return readers[0] if self._channels_at_once(self._layers[i]) < pool.channels else None
+
+    def _channels_at_once(self, layer: Layer) -> int:
+        positions = self._geometries.of(layer.size)
+        return max(1, _POOLED_BYTES // (positions.plane * positions.dtype.itemsize))
+
+    def _with_pool(self, i: int, j: int, place: int | None) -> None:
+        """A convolution and its pooling, some channels at a time: they stay in the cache."""
+        layer, pool, choice = self._layers[i], self._layers[j], self._choices[i]
+        positions, pooled = self._geometries.of(layer.size), self._geometries.of(pool.size)
+        source, result = layer.source, self._program.steps[j].result
+        count = -(-layer.channels // self._channels_at_once(layer))
+        run = position_step(
+            layer, self._state, positions, lines=choice.lines, blocked=choice.blocked, chunks=count
+        )
+        assert isinstance(run, PackedStep)
+        pool_step = position_step(pool, self._state, pooled, lines=8, blocked=False, chunks=1)
+        edges = [int(n) for n in run.packed.weights.chunk_channels]
+        apart = None
+        if not layer.reads_in_place:
+            channels = int(self._program.meta[source].shape[1] or 0) * len(layer.views.phases)
+            apart = self._allocate(positions, channels, private=True)
+        between = self._allocate(positions, max(b - a for a, b in itertools.pairwise(edges)))
+        output = self._allocate_for(result, pooled, pool.channels)
+        whole = self._places[output]
+        parts = range(len(self._places), len(self._places) + count)
+        for a, b in itertools.pairwise(edges):
+            self._places.append(replace(whole, channels=b - a, first=whole.first + a))
+
+        def execute(frame: Frame) -> None:
+            buffers, images = frame.buffers, frame.images
+            given = as_5d(frame.values[source]) if place is None else buffers[place]
+            given = run.taken_apart(given, None if apart is None else buffers[apart], images)
+            for chunk, part in enumerate(parts):
+                run.packed.run_chunk(
+                    chunk,
+                    given,
+                    buffers[between],
+                    images,
+                    activation=run.activation,
+                    slope=run.slope,
+                )
+                pool_step(buffers[between], None, buffers[part], None, images)
+
+        self._emit(
+            i, f"{choice.kernel}, with {self._program.steps[j].name.split('/')[-1]}", execute
+        )
+        self._storages[self._places[between].storage].users -= 1
+        self._where[result] = output
+        self._pooled.add(j)
+        if result in self._wanted:
+            self._need_tensor(result)
 
     def _alone(
         self, i: int, run: PositionStep, layer: Layer, choice: Choice, place: int | None

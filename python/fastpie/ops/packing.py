@@ -289,6 +289,35 @@ class PackedConv:
             torch.get_num_threads(),
         )
 
+    def run_chunk(
+        self,
+        chunk: int,
+        input: Buffer,
+        output: Buffer,
+        images: int,
+        *,
+        activation: str = "none",
+        slope: float = 0.0,
+    ) -> None:
+        """Compute the output channels of one chunk alone: those are the channels of `output`."""
+        entries, rows, chunk_channels, _, blocks = self.weights.handle
+        address, group, plane = output.handle
+        first = int(self.weights.chunk_channels[chunk])
+        _native.call(
+            _C.masked_conv_cpu,
+            (entries, rows, chunk_channels + 8 * chunk, 1, blocks),
+            0 if self.bias is None else self.bias.data_ptr(),
+            input.handle,
+            (address - first * plane * self.positions.dtype.itemsize, group, plane),
+            _NO_ACTIVATIONS,
+            self._tiles.handle,
+            dtype_code(self.positions.dtype),
+            self.positions.groups(images),
+            ACTIVATIONS[activation],
+            slope,
+            torch.get_num_threads(),
+        )
+
     def layer(
         self,
         input: Buffer,
