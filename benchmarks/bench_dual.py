@@ -1,9 +1,9 @@
 """Whole networks: the dual forward against two passes of everybody else.
 
 Each provider is a process of its own (`worker.py`, `peers.py`). They take turns, pass by pass; the
-others are stopped (SIGSTOP) meanwhile, so that no spinning thread of theirs takes a core. A turn of
-a provider whose pass is short holds several passes, after one that is not timed. Before anything is
-timed, each provider's outputs are held against PyTorch's in fp32.
+others are stopped (SIGSTOP) meanwhile, so that no spinning thread of theirs takes a core. A turn
+begins with a pass that is not timed: the others have left the caches to it cold. A turn of a
+provider whose pass is short holds several passes. Before anything is timed, each provider's outputs are held against PyTorch's in fp32.
 
 Rows of `benchmarks/results/dual-forward-<machine>.json` with a `ratio` are comparisons; rows without
 one describe a provider: setting, seconds to compile with empty and with filled caches, peak memory
@@ -54,8 +54,8 @@ PACKAGES = ("monai", "numpy")  # a peer's own version is in its setting
 # computes something else. PyTorch's own bf16 is off by .05 at most on these networks.
 TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 
-# A turn lasts at least this long, and a provider whose pass is shorter than SETTLE runs once before.
-TURN, SETTLE = 0.05, 0.2
+# A turn lasts at least this long.
+TURN = 0.05
 
 
 class ProviderError(RuntimeError):
@@ -121,11 +121,10 @@ class Mode:
         worker.ask("run", mode=name, passes=1, settle=False)
         seconds = worker.ask("run", mode=name, passes=1, settle=False)["seconds"]
         self.passes = max(1, math.ceil(TURN / max(seconds, 1e-6)))
-        self.settle = seconds < SETTLE
 
     def __call__(self) -> float:
         """One turn: seconds of one pass."""
-        answer = self.worker.ask("run", mode=self.name, passes=self.passes, settle=self.settle)
+        answer = self.worker.ask("run", mode=self.name, passes=self.passes, settle=True)
         return float(answer["seconds"])
 
 
