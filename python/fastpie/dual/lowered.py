@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -264,13 +265,17 @@ class Lowered:
         return codes
 
     def run(
-        self, args: tuple[Any, ...], seconds: dict[tuple[int, int], list[float]] | None = None
+        self,
+        args: tuple[Any, ...],
+        seconds: dict[tuple[int, int], list[float]] | None = None,
+        whole: dict[int, float] | None = None,
     ) -> list[tuple[Any, Any]]:
         """Output and feature of each model.
 
         Args:
             args: the model's positional arguments.
             seconds: gains the times of the instructions of each (model, segment).
+            whole: gains the time of each model's pass.
 
         Returns:
             (output, feature) of the dense model and of each level. Tensors are fresh, and fp32
@@ -300,6 +305,7 @@ class Lowered:
             spaces = iter(workspaces)
             for one in self.passes:
                 space = next(spaces)
+                start = time.perf_counter()
                 for index, code in enumerate(one.codes):
                     taken = {v: values[v, self._owners[v][one.model]] for v in code.inputs}
                     timed = None
@@ -307,6 +313,8 @@ class Lowered:
                         timed = seconds.setdefault((one.model, index), [0.0] * len(code.parts()))
                     results = code.run(taken, max(images, 1), space, index, timed)
                     values.update({(v, one.model): x for v, x in results.items()})
+                if whole is not None:
+                    whole[one.model] = time.perf_counter() - start
         finally:
             with self._lock:
                 self._workspaces.append(workspaces)
@@ -360,23 +368,29 @@ class Lowered:
         return output, feature.build(again, lookup) if feature else None
 
     def report(self, args: tuple[Any, ...], names: Sequence[str]) -> list[dict[str, Any]]:
-        """Time every instruction on these inputs; see DualEngine.report."""
+        """Share out the time of each pass to its layers; see DualEngine.report."""
         self.run(args)
+        whole: dict[int, float] = {}
+        self.run(args, whole=whole)
         seconds: dict[tuple[int, int], list[float]] = {}
         self.run(args, seconds)
-        return [
-            {
-                "model": names[one.model],
-                "layer": part.name,
-                "kernel": part.kernel,
-                "seconds": spent,
-                "images": code.images or self._batch,
-                "over": self._over(one.plan, part.step),
-            }
-            for one in self.passes
-            for index, code in enumerate(one.codes)
-            for part, spent in zip(code.parts(), seconds[one.model, index], strict=True)
-        ]
+        rows = []
+        for one in self.passes:
+            spent = [t for index in range(len(one.codes)) for t in seconds[one.model, index]]
+            scale = whole[one.model] / sum(spent)  # clocks, and chained parts timed again, disturb
+            parts = [(code, part) for code in one.codes for part in code.parts()]
+            rows += [
+                {
+                    "model": names[one.model],
+                    "layer": part.name,
+                    "kernel": part.kernel,
+                    "seconds": taken * scale,
+                    "images": code.images or self._batch,
+                    "over": self._over(one.plan, part.step),
+                }
+                for (code, part), taken in zip(parts, spent, strict=True)
+            ]
+        return rows
 
     def _over(self, plan: PassPlan, step: int | None) -> list[dict[str, Any]]:
         others = () if step is None else plan.choices[step].over
