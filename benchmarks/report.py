@@ -128,7 +128,7 @@ def dual_table(rows: list[dict[str, Any]]) -> str:
             f"| {_time(ours['seconds']['p50'])} | {' | '.join(shown)} |"
         )
     lines += ["", _READING]
-    for source in sorted({_source(row) for case in cases for row in case}):
+    for source in sorted({_source(row, command=False) for case in cases for row in case}):
         lines += ["", source]
     return "\n".join(lines)
 
@@ -228,13 +228,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _source(row: dict[str, Any]) -> str:
+def _source(row: dict[str, Any], *, command: bool = True) -> str:
     head = row["head"]
     machine, versions = head["machine"], head["versions"]
+    how = f"`{head['command']}`" if command else "the commands are in the file"
     return (
         f"`benchmarks/results/{row['file']}`: {machine['gpu'] or machine['cpu']}, "
         f"{machine['cores']} threads, {machine['isa']}; torch {versions['torch']}; commit "
-        f"{head['commit']}, {head['date']}; `{head['command']}`."
+        f"{head['commit']}, {head['date']}; {how}."
     )
 
 
