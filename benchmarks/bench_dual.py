@@ -3,7 +3,8 @@
 Each provider is a process of its own (`worker.py`, `peers.py`). They take turns, pass by pass; the
 others are stopped (SIGSTOP) meanwhile, so that no spinning thread of theirs takes a core. A turn
 begins with a pass that is not timed: the others have left the caches to it cold. A turn of a
-provider whose pass is short holds several passes. Before anything is timed, each provider's outputs are held against PyTorch's in fp32.
+provider whose pass is short holds several passes. Before anything is timed, each provider's outputs
+are held against PyTorch's in fp32.
 
 Rows of `benchmarks/results/dual-forward-<machine>.json` with a `ratio` are comparisons; rows without
 one describe a provider: setting, seconds to compile with empty and with filled caches, peak memory

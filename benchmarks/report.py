@@ -272,7 +272,7 @@ def fill(path: Path, blocks: dict[str, str]) -> None:
     for name, block in blocks.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if begin not in text:
-            print(f"{path.name} has no block {name}")
+            raise ValueError(f"Expected {path.name} to have a block {begin}, but it has none.")
         text = re.sub(
             f"{begin}.*{end}", lambda _, b=f"{begin}\n{block}\n{end}": b, text, flags=re.DOTALL
         )

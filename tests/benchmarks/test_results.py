@@ -133,6 +133,8 @@ def test_goals_stand_beside_what_was_measured(tmp_path, monkeypatch):
     document.write_text("a\n<!-- x:begin -->\nold\n<!-- x:end -->\nb\n")
     report.fill(document, {"x": "new \\1"})
     assert document.read_text() == "a\n<!-- x:begin -->\nnew \\1\n<!-- x:end -->\nb\n"
+    with pytest.raises(ValueError, match=r"page\.md to have a block <!-- y:begin -->"):
+        report.fill(document, {"y": ""})
 
 
 @pytest.mark.timeout(300)
