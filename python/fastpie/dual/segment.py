@@ -500,13 +500,13 @@ class SegmentCompiler:
             given = as_5d(frame.values[source]) if place is None else buffers[place]
             given = run.taken_apart(given, None if apart is None else buffers[apart], images)
             for chunk, part in enumerate(parts):
-                run.packed.run_chunk(
-                    chunk,
+                run.packed.run(
                     given,
                     buffers[between],
                     images,
                     activation=run.activation,
                     slope=run.slope,
+                    chunk=chunk,
                 )
                 pool_step(buffers[between], None, buffers[part], None, images)
 

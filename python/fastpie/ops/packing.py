@@ -271,49 +271,33 @@ class PackedConv:
         residual: Buffer | None = None,
         activation: str = "none",
         slope: float = 0.0,
+        chunk: int | None = None,
     ) -> None:
-        """Compute `output` for the first `images` images; the buffers must not overlap."""
-        weights, bias, *buffers, kind, slope = self.layer(
+        """Compute `output` for the first `images` images; the buffers must not overlap.
+
+        With `chunk` the output channels of that chunk alone: they are the channels of `output`, and
+        there is no residual.
+        """
+        weights, bias, source, target, *rest, kind, slope = self.layer(
             input, output, residual=residual, activation=activation, slope=slope
         )
+        if chunk is not None:
+            entries, rows, chunk_channels, _, blocks = weights
+            weights = (entries, rows, chunk_channels + 8 * chunk, 1, blocks)
+            address, group, plane = target
+            before = int(self.weights.chunk_channels[chunk]) * plane
+            target = (address - before * self.positions.dtype.itemsize, group, plane)
         _native.call(
             _C.masked_conv_cpu,
             weights,
             bias,
-            *buffers,
+            source,
+            target,
+            *rest,
             self._tiles.handle,
             dtype_code(self.positions.dtype),
             self.positions.groups(images),
             kind,
-            slope,
-            torch.get_num_threads(),
-        )
-
-    def run_chunk(
-        self,
-        chunk: int,
-        input: Buffer,
-        output: Buffer,
-        images: int,
-        *,
-        activation: str = "none",
-        slope: float = 0.0,
-    ) -> None:
-        """Compute the output channels of one chunk alone: those are the channels of `output`."""
-        entries, rows, chunk_channels, _, blocks = self.weights.handle
-        address, group, plane = output.handle
-        first = int(self.weights.chunk_channels[chunk])
-        _native.call(
-            _C.masked_conv_cpu,
-            (entries, rows, chunk_channels + 8 * chunk, 1, blocks),
-            0 if self.bias is None else self.bias.data_ptr(),
-            input.handle,
-            (address - first * plane * self.positions.dtype.itemsize, group, plane),
-            _NO_ACTIVATIONS,
-            self._tiles.handle,
-            dtype_code(self.positions.dtype),
-            self.positions.groups(images),
-            ACTIVATIONS[activation],
             slope,
             torch.get_num_threads(),
         )
