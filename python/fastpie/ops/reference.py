@@ -6,13 +6,22 @@ ours serves (and that have fp64: Apple's MPS does not). Nothing here is tuned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["disagreement", "masked_conv", "masked_linear", "null", "spearman"]
+__all__ = [
+    "disagreement",
+    "masked_conv",
+    "masked_conv_nhwc",
+    "masked_linear",
+    "null",
+    "pack_mask",
+    "spearman",
+    "unpack_mask",
+]
 
 
 def null(input: Tensor) -> Tensor:
@@ -70,6 +79,66 @@ def masked_linear(
     for row, channel in mask.nonzero().tolist():
         output[..., row] += weight[row, channel] * input[..., channel]
     return output
+
+
+def pack_mask(mask: Tensor) -> Tensor:  # bool [K, C, *kernel] -> int32 [K, taps, words]
+    """A mask as the kernels on channels-last tensors read it: one bit for each weight.
+
+    Bit c % 32 of word c // 32 is set where the weight of channel c is kept; bits beyond C are 0.
+    """
+    filters, channels = mask.shape[:2]
+    by_tap = mask.reshape(filters, channels, -1).transpose(1, 2)  # [K, taps, C]
+    by_tap = functional.pad(by_tap, (0, -channels % 32)).unflatten(2, (-1, 32))
+    words = (by_tap.long() << torch.arange(32, device=mask.device)).sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def unpack_mask(words: Tensor, channels: int) -> Tensor:  # int32 [K, taps, words]
+    """The opposite of `pack_mask`: bool [K, C, taps]."""
+    bits = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
+    return bits.flatten(2)[..., :channels].bool().transpose(1, 2)
+
+
+def masked_conv_nhwc(
+    inputs: Sequence[Tensor],  # of each model [N, groups * C, *spatial]
+    weight: Tensor,  # [K, *kernel, C]
+    masks: Sequence[Tensor | None],  # int32 [K, taps, words], see pack_mask
+    scales: Sequence[Tensor | None],  # [K]
+    biases: Sequence[Tensor | None],  # [K]
+    residuals: Sequence[Tensor | None],  # as the result
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activate: Callable[[Tensor], Tensor] | None = None,
+) -> list[Tensor]:  # of each model [N, K, *spatial]
+    """What csrc/include/fastpie/masked_conv_nhwc.h says, in the dtype of the operands.
+
+    The dimensions have torch's order here; how they lie in memory is the kernels' affair.
+    """
+    filters, channels = weight.shape[0], weight.shape[-1]
+    rank = len(stride)
+    outputs = []
+    for x, words, scale, bias, residual in zip(
+        inputs, masks, scales, biases, residuals, strict=True
+    ):
+        kept = weight.movedim(-1, 1)  # [K, C, *kernel]
+        if words is not None:
+            kept = kept * unpack_mask(words, channels).reshape(kept.shape)
+        if rank:
+            convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[rank - 1]
+            y = convolve(x, kept, None, stride, padding, dilation, groups)
+        else:
+            y = functional.linear(x, kept)
+        shape = (filters, *(1,) * rank)
+        if scale is not None:
+            y = y * scale.to(y.dtype).view(shape)
+        if bias is not None:
+            y = y + bias.to(y.dtype).view(shape)
+        if residual is not None:
+            y = y + residual
+        outputs.append(y if activate is None else activate(y))
+    return outputs
 
 
 def disagreement(
