@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 import fastpie
 from fastpie import _C, DualModel, FastpieError
-from fastpie.dual import segment, tuning
+from fastpie.dual import tuning
+from fastpie.dual.cpu import segment
 from networks import MONAI, SMALL, Network
 
 pytestmark = pytest.mark.usefixtures("captured_once")

@@ -1,6 +1,6 @@
 """`DualEngine`: a frozen dual forward, one pass over the input.
 
-Backends: "cpu" lowers the captured program (fastpie.dual.lowered); "reference" is the two passes of
+Backends: "cpu" lowers the captured program (fastpie.dual.cpu.lowered); "reference" is the two passes of
 DualModel, for what cannot be lowered.
 """
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from fastpie.dual.cpu.lowered import Lowered
 from fastpie.dual.inputs import as_arguments, batch_size, random_state
-from fastpie.dual.lowered import Lowered
 from fastpie.dual.output import DualOutput, Features
 from fastpie.dual.reference import Reference, device_of
 from fastpie.errors import FastpieError

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastpie.dual.plan import (
+from fastpie.dual.cpu.code import Code, Workspace
+from fastpie.dual.cpu.plan import (
     Choice,
     Geometries,
     PassPlan,
     Segment,
-    image_values,
     layers_of,
     plan_pass,
 )
+from fastpie.dual.cpu.segment import SegmentCompiler
+from fastpie.dual.images import image_values
 from fastpie.dual.program import Program, TensorName, Value, without_batch_sizes
-from fastpie.dual.segment import Code, SegmentCompiler, Workspace
 from fastpie.dual.states import ModelState, owners, states_of
 from fastpie.dual.tensor_steps import channels_last
 from fastpie.dual.tuning import Tuner

@@ -1,18 +1,16 @@
-"""One segment of a pass as instructions over tensors and buffers, and its execution."""
+"""From the steps of a segment to instructions over tensors and buffers."""
 
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
-from fastpie.dual.plan import Choice, Geometries, PassPlan, Segment, chunks_for, final_values
-from fastpie.dual.position_steps import (
+from fastpie.dual.cpu.code import Code, Frame, Instruction, Part, Place, Storage
+from fastpie.dual.cpu.plan import Choice, Geometries, PassPlan, Segment, chunks_for
+from fastpie.dual.cpu.position_steps import (
     Layer,
     PackedStep,
     PositionStep,
@@ -25,193 +23,16 @@ from fastpie.dual.position_steps import (
     scale,
     unpack,
 )
+from fastpie.dual.images import final_values
 from fastpie.dual.program import Affine, Call, Convolution, Linear, Program, Value
 from fastpie.dual.states import ModelState
 from fastpie.dual.tensor_steps import tensor_step
 from fastpie.ops.packing import run_chain, to_positions
-from fastpie.ops.positions import Buffer, Positions
+from fastpie.ops.positions import Positions
 
-__all__ = ["Code", "SegmentCompiler", "Workspace"]
+__all__ = ["SegmentCompiler"]
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-@dataclass
-class Frame:
-    """What instructions see: values of a micro-batch, buffers, and results of the whole batch."""
-
-    values: dict[Value, Any]
-    buffers: list[Buffer]
-    images: int
-    first: int = 0
-    batch: int = 0
-    whole: dict[Value, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Part:
-    """One layer or conversion.
-
-    Attributes:
-        step: position of the step in the program, or None for a conversion.
-        name: of the step.
-        kernel: of the call.
-        run: computes it alone.
-    """
-
-    step: int | None
-    name: str
-    kernel: str
-    run: Callable[[Frame], None]
-
-
-@dataclass
-class Instruction:
-    """One call of a kernel: of one layer, or of several chained ones.
-
-    Attributes:
-        parts: the layers.
-        run: the call.
-        drop: values that nothing needs after it.
-    """
-
-    parts: list[Part]
-    run: Callable[[Frame], None]
-    drop: list[Value] = field(default_factory=list)
-
-    def timed(self, frame: Frame) -> list[float]:
-        """Run, and the seconds of each part: of chained ones its share by what each takes alone."""
-        start = time.perf_counter()
-        self.run(frame)
-        together = time.perf_counter() - start
-        if len(self.parts) == 1:
-            return [together]
-        alone = []
-        for part in self.parts:  # computes the same again
-            start = time.perf_counter()
-            part.run(frame)
-            alone.append(time.perf_counter() - start)
-        return [together * seconds / sum(alone) for seconds in alone]
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Channels of a storage that hold a value, or the value held between segments."""
-
-    storage: int
-    positions: Positions
-    channels: int
-    first: int
-    of: int
-    held: Value | None = None
-
-
-@dataclass
-class _Storage:
-    positions: Positions
-    planes: int  # of each group
-    users: int = 0  # places in use
-    # Within a chain: whether a layer of it wrote here, and the lag from which another may.
-    chained: bool = False
-    free_from: float | None = None
-
-
-class Workspace:
-    """The buffers of a pass, for one call at a time."""
-
-    def __init__(self, codes: Sequence[Code], batch: int) -> None:
-        """Allocate for the micro-batches of each segment, and for what is held between them."""
-        held: dict[Value, Buffer] = {}
-        for place in (p for code in codes for p in code.places):
-            if place.held is not None and place.held not in held:
-                held[place.held] = Buffer(place.positions, place.of, batch)
-        self.buffers: list[list[Buffer]] = []
-        for code in codes:
-            images = code.images or batch
-            whole = [Buffer(s.positions, s.planes, images) for s in code.storages]
-            self.buffers.append(
-                [
-                    Buffer(
-                        p.positions,
-                        p.channels,
-                        images,
-                        within=whole[p.storage] if p.held is None else held[p.held],
-                        first=p.first,
-                        # A group keeps its planes whatever value lies there: in a chain the
-                        # groups are not equally far.
-                        of=p.of if p.held is not None else code.storages[p.storage].planes,
-                    )
-                    for p in code.places
-                ]
-            )
-
-
-@dataclass
-class Code:
-    """A compiled segment.
-
-    Attributes:
-        images: of a micro-batch; 0: the whole batch.
-        inputs: tensors that it takes from outside.
-        outputs: tensors that others need.
-        holds: values that it leaves on positions for later segments, with their geometry.
-        instructions: in order.
-    """
-
-    images: int
-    inputs: list[Value]
-    outputs: list[Value]
-    holds: dict[Value, Positions]
-    instructions: list[Instruction]
-    storages: list[_Storage]
-    places: list[_Place]
-
-    def parts(self) -> list[Part]:
-        """The parts of all instructions, in order."""
-        return [part for instruction in self.instructions for part in instruction.parts]
-
-    def run(
-        self,
-        values: dict[Value, Any],
-        batch: int,
-        workspace: Workspace,
-        index: int,
-        seconds: list[float] | None = None,
-    ) -> dict[Value, Any]:
-        """Run on a batch and return the outputs; `seconds` gains the time of each instruction."""
-        micro = self.images or batch
-        held = [k for k, p in enumerate(self.places) if p.held is not None]
-        whole_buffers = workspace.buffers[index]
-        frame = Frame({}, list(whole_buffers), micro, batch=batch)
-        parts: dict[Value, list[Any]] = {value: [] for value in self.outputs}
-        for first in range(0, batch, micro):
-            images = min(micro, batch - first)
-            frame.first, frame.images = first, images
-            for place in held:
-                frame.buffers[place] = whole_buffers[place].from_image(first)
-            if images == batch:
-                frame.values = {v: values[v] for v in self.inputs}
-            else:
-                frame.values = {v: values[v][first : first + images] for v in self.inputs}
-            position = 0
-            for instruction in self.instructions:
-                if seconds is None:
-                    instruction.run(frame)
-                else:
-                    for spent in instruction.timed(frame):
-                        seconds[position] += spent
-                        position += 1
-                for value in instruction.drop:
-                    del frame.values[value]
-            for value, part in parts.items():
-                if value not in frame.whole:
-                    part.append(frame.values[value])
-        whole = {
-            value: part[0] if len(part) == 1 else torch.cat(part)
-            for value, part in parts.items()
-            if part
-        }
-        return {**whole, **frame.whole}
 
 
 @dataclass
@@ -284,8 +105,8 @@ class SegmentCompiler:
         self._tensors: set[Value] = set()  # values that lie as tensors now
         self._fresh: set[Value] = set()  # ... in memory of their own
         self._where: dict[Value, int] = {}  # place of each value on positions
-        self._storages: list[_Storage] = []
-        self._places: list[_Place] = []
+        self._storages: list[Storage] = []
+        self._places: list[Place] = []
         self._slots: dict[Value, tuple[int, int, int]] = {}  # root, first channel, of
         self._chain: list[_Member] = []
         self._chain_drop: list[Value] = []
@@ -733,7 +554,7 @@ class SegmentCompiler:
             self._root_users.setdefault(root, set()).add(value)
 
     def _hold_place(self, value: Value, positions: Positions, channels: int) -> int:
-        self._places.append(_Place(-1, positions, channels, 0, channels, held=value))
+        self._places.append(Place(-1, positions, channels, 0, channels, held=value))
         return len(self._places) - 1
 
     def _allocate_for(
@@ -748,7 +569,7 @@ class SegmentCompiler:
             place = self._allocate(positions, of)
             self._roots[root] = self._places[place].storage
         storage = self._roots[root]
-        self._places.append(_Place(storage, positions, channels, first, of))
+        self._places.append(Place(storage, positions, channels, first, of))
         return len(self._places) - 1
 
     def _allocate(
@@ -779,12 +600,12 @@ class SegmentCompiler:
             elif free:
                 index = max(free, key=lambda k: self._storages[k].planes)
         if index is None:
-            self._storages.append(_Storage(positions, channels))
+            self._storages.append(Storage(positions, channels))
             index = len(self._storages) - 1
         storage = self._storages[index]
         storage.planes = max(storage.planes, channels)
         storage.users += 1
-        self._places.append(_Place(index, positions, channels, 0, channels))
+        self._places.append(Place(index, positions, channels, 0, channels))
         return len(self._places) - 1
 
     def _release(self, i: int, begin: int) -> None:
