@@ -1,7 +1,7 @@
 """`DualEngine`: a frozen dual forward, one pass over the input.
 
-Backends: "cpu" lowers the captured program (fastpie.dual.cpu.lowered); "reference" is the two passes of
-DualModel, for what cannot be lowered.
+Backends: "cpu" lowers the captured program for the CPU (fastpie.dual.cpu), "cuda" and "triton" for a GPU
+(fastpie.dual.gpu); "reference" is the two passes of DualModel, for what cannot be lowered.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastpie.dual.cpu.lowered import Lowered
+from fastpie.dual.gpu import available
+from fastpie.dual.gpu.lowered import GpuLowered
 from fastpie.dual.inputs import as_arguments, batch_size, random_state
 from fastpie.dual.output import DualOutput, Features
 from fastpie.dual.reference import Reference, device_of
@@ -27,12 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = ["DualEngine"]
 
-BACKENDS = ("auto", "reference", "cpu")
-PRECISIONS = ("fp32", "bf16")
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 # Largest deviation from DualModel that is handed out, relative to the largest output. bf16 keeps
-# eight bits of each product; 0.1 lets a deep network pass and a wrong weight not.
-_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
+# eight bits of each product; 0.1 lets a deep network pass and a wrong weight not. fp16 keeps eleven.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1, "fp16": 2e-2}
 
 # Images on which the engine is held to DualModel where it is known to treat each by itself.
 _CHECKED = 4
@@ -46,8 +48,7 @@ class DualEngine:
     `refresh`. Calls from several threads at once are safe.
 
     Attributes:
-        backend: "cpu" or "reference": what runs.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or "fp16".
         batch: the largest batch size, that of the example.
     """
 
@@ -62,10 +63,7 @@ class DualEngine:
     ) -> None:
         """See `DualModel.compile`."""
         if backend not in BACKENDS:
-            raise FastpieError(
-                f"Expected `backend` to be one of {BACKENDS} (the others come with the GPU "
-                f"engine), but got {backend!r}."
-            )
+            raise FastpieError(f"Expected `backend` to be one of {BACKENDS}, but got {backend!r}.")
         if precision not in PRECISIONS:
             raise FastpieError(
                 f"Expected `precision` to be one of {PRECISIONS}, but got {precision!r}."
@@ -76,23 +74,28 @@ class DualEngine:
         self._source = dual
         self._example = as_arguments(x)
         self.batch = batch_size(self._example)
-        self._program: Reference | Lowered
-        self._program = self._lowered(backend, plan) or Reference(dual, precision)
-        self.backend = "cpu" if isinstance(self._program, Lowered) else "reference"
+        device = device_of(self._example)
+        self._backend = _checked_backend(backend, precision, device)
+        self._program: Reference | Lowered | GpuLowered
+        self._program = self._lowered(device, plan) or Reference(dual, precision)
         self._check(self._program, _frozen(dual), self.batch)
 
-    def _lowered(self, backend: str, plan: Mapping[str, Any] | None) -> Lowered | None:
+    @property
+    def backend(self) -> str:
+        """What runs: "cpu", "cuda", "triton" or "reference"."""
+        if isinstance(self._program, Reference):
+            return "reference"
+        return "cuda" if self._backend == "auto" else self._backend
+
+    def _lowered(
+        self, device: torch.device, plan: Mapping[str, Any] | None
+    ) -> Lowered | GpuLowered | None:
         """The lowered program, or None, with a warning, where DualModel must run instead."""
-        device = device_of(self._example)
-        if backend == "cpu" and device.type != "cpu":
-            raise FastpieError(
-                f"Expected an example on the CPU for backend 'cpu', but it is on {device}."
-            )
-        if backend == "reference" or device.type != "cpu":
+        if self._backend == "reference":
             return None
         other = _other_dtype(self._source, self._example)
         if other is not None:
-            reason = f"it computes in {other}, and the kernels in fp32 and bf16"
+            reason = f"it computes in {other}, and the kernels in {', '.join(PRECISIONS)}"
         else:
             # Late: torch.export takes longer to import than the rest of fastpie.
             from fastpie.dual.capture import CaptureError, capture
@@ -103,15 +106,18 @@ class DualEngine:
                     self._example,
                     feature_module=self._source.feature_module,
                 )
+                lowered = (self._source, program, self.batch, self.precision)
                 with torch.no_grad():
-                    return Lowered(self._source, program, self.batch, self.precision, plan)
+                    if self._backend == "cpu":
+                        return Lowered(*lowered, plan)
+                    gpu = available.device_of(device)
+                    return GpuLowered(*lowered, gpu, available.families_of(self._backend), plan)
             except CaptureError as error:
                 reason = str(error)
-        if backend == "cpu" or plan is None:
-            warnings.warn(
-                f"{type(self._source.model).__name__} runs as DualModel, two plain passes: {reason}",
-                stacklevel=4,
-            )
+        warnings.warn(
+            f"{type(self._source.model).__name__} runs as DualModel, two plain passes: {reason}",
+            stacklevel=4,
+        )
         return None
 
     def refresh(self, masks: Masks | None = None) -> None:
@@ -162,9 +168,9 @@ class DualEngine:
         Two engines with one plan, of the same versions and number of threads on the same kind of
         processor, give the same bits.
         """
-        if isinstance(self._program, Lowered):
-            return {"backend": "cpu", **self._program.plan()}
-        return {"backend": "reference"}
+        if isinstance(self._program, Reference):
+            return {"backend": "reference"}
+        return {"backend": self._backend, **self._program.plan()}
 
     def report(self) -> list[dict[str, Any]]:
         """What runs and how long it takes, measured now on the example.
@@ -172,13 +178,15 @@ class DualEngine:
         Returns:
             One row for each kernel call: `model` ("dense", "pruned at 0.9"), `layer`, `kernel`,
             `seconds` for the whole batch, `images` of a micro-batch, and `over`, the kernels that
-            it was chosen over with their seconds. The reference backend has one row for each pass.
+            it was chosen over with their seconds; on a GPU also `multiply_adds` (of dense models)
+            and `bytes` of the activations read and written. The reference backend has one row for
+            each pass.
         """
         names = ["dense"] + [f"pruned at {s:g}" for s in self._source.sparsities]
         with torch.no_grad():
             return self._program.report(self._example, names)
 
-    def _run(self, program: Reference | Lowered, args: tuple[Any, ...]) -> DualOutput:
+    def _run(self, program: Reference | Lowered | GpuLowered, args: tuple[Any, ...]) -> DualOutput:
         with torch.no_grad(), torch.autocast(device_of(args).type, enabled=False):
             results = program.run(args)
         stack = self._source.stack_levels
@@ -187,13 +195,15 @@ class DualEngine:
             features = Features(results[0][1], stack([feature for _, feature in results[1:]]))
         return DualOutput(results[0][0], stack([output for output, _ in results[1:]]), features)
 
-    def _check(self, program: Reference | Lowered, dual: DualModel, images: int) -> None:
+    def _check(
+        self, program: Reference | Lowered | GpuLowered, dual: DualModel, images: int
+    ) -> None:
         """Hold the engine, run on the first images of the example, to DualModel."""
         cut = _part_of_batch(self.batch, slice(0, images))
         example = pytree.tree_map(cut, self._example)
         restore = random_state(example)
         got = self._run(program, example)
-        if images > _CHECKED and isinstance(program, Lowered) and program.images_apart:
+        if images > _CHECKED and not isinstance(program, Reference) and program.images_apart:
             # The first and the last of them: DualModel takes longer than all the rest.
             ends = torch.cat([torch.arange(_CHECKED // 2), torch.arange(-(_CHECKED // 2), 0)])
             example = pytree.tree_map(_part_of_batch(images, ends), example)
@@ -228,6 +238,29 @@ class DualEngine:
                 f"Expected the engine to match the model to {tolerance:g} on the example, but it "
                 f"differs by {error:.3g}."
             )
+
+
+def _checked_backend(backend: str, precision: str, device: torch.device) -> str:
+    """The backend to run on a device; "auto" remains on a GPU, where it is every kernel there is.
+
+    Raises:
+        FastpieError: where it cannot run there, or not in that precision.
+    """
+    if backend == "auto" and device.type == "cpu":
+        backend = "cpu"
+    elif backend == "auto" and available.unusable_reason("auto", device) is not None:
+        backend = "reference"
+    if backend == "cpu" and device.type != "cpu":
+        raise FastpieError(
+            f"Expected an example on the CPU for backend 'cpu', but it is on {device}."
+        )
+    if backend in ("cuda", "triton"):
+        reason = available.unusable_reason(backend, device)
+        if reason is not None:
+            raise FastpieError(f"Expected backend {backend!r} to be usable, but {reason}.")
+    if precision == "fp16" and device.type == "cpu" and backend not in ("cuda", "triton"):
+        raise FastpieError("Expected precision 'fp32' or 'bf16' on the CPU, but got 'fp16'.")
+    return backend
 
 
 def _deviation(got: DualOutput, want: DualOutput) -> float:

@@ -250,10 +250,14 @@ class DualModel(nn.Module):
         Args:
             x: an example input; a tuple is spread over the model's positional arguments. Its batch
                 size is the largest that the engine takes.
-            precision: "fp32" or "bf16": what is computed in; outputs are fp32 in both.
-            backend: "cpu": captured, lowered and timed, with the sparse kernels; "reference": two
-                plain passes; "auto": "cpu" for an example on the CPU. What cannot be captured runs
-                as "reference", with one warning that names the operator.
+            precision: "fp32", "bf16" or, on a GPU, "fp16": what is computed in; outputs are fp32.
+                On a GPU fp32 means IEEE arithmetic unless torch is told to use TF32
+                (``torch.set_float32_matmul_precision("high")``).
+            backend: "cpu": captured, lowered and timed, with the sparse kernels; "cuda" and
+                "triton": the same for a GPU, with our kernels in CUDA or in Triton beside cuDNN's;
+                "reference": two plain passes; "auto": "cpu" for an example on the CPU, all kernels
+                that there are for one on a GPU. What cannot be captured runs as "reference", with
+                one warning that names the operator.
             plan: of another engine (`engine.plan`), to choose kernels as it did instead of by
                 timing.
 

@@ -37,9 +37,8 @@ class Reference:
         """Output and feature of each model; `seconds` gains the time of each pass."""
         results: list[tuple[Any, Any]] = []
         restore = random_state(args)
-        autocast = torch.autocast(
-            device_of(args).type, torch.bfloat16, enabled=self._precision == "bf16"
-        )
+        dtype = torch.float16 if self._precision == "fp16" else torch.bfloat16
+        autocast = torch.autocast(device_of(args).type, dtype, enabled=self._precision != "fp32")
         with torch.no_grad(), autocast, self._dual.watch_features() as seen:
             for state in [None, *self._states]:
                 restore()
@@ -78,8 +77,8 @@ def device_of(args: tuple[Any, ...]) -> torch.device:
 
 
 def _full_precision(leaf: Any) -> Any:
-    """Scores are taken in fp32: what autocast left in bf16 becomes fp32."""
-    if isinstance(leaf, Tensor) and leaf.dtype == torch.bfloat16:
+    """Scores are taken in fp32: what autocast left in bf16 or fp16 becomes fp32."""
+    if isinstance(leaf, Tensor) and leaf.dtype in (torch.bfloat16, torch.float16):
         return leaf.float()
     return leaf
 

@@ -1,5 +1,7 @@
 """Steps on tensors: oneDNN's prepacked, fused convolutions through torch, and torch's own operators.
 
+The GPU engine uses the latter.
+
 The operators `torch.ops.mkldnn.*` are those that torch.compile uses for frozen models; they are no
 public interface. Where one is missing, the layer is computed by torch.nn.functional.
 """
@@ -27,7 +29,7 @@ from fastpie.dual.program import (
 )
 from fastpie.dual.states import ModelState, fold, norm_scale_shift
 
-__all__ = ["TensorStep", "channels_last", "tensor_step"]
+__all__ = ["TensorStep", "channels_last", "known_slope", "tensor_step"]
 
 TensorStep = Callable[[dict[Value, Any]], Any]
 """Computes the result of a step from the values so far; overwrites none but the residual that it
@@ -52,6 +54,7 @@ def tensor_step(
     sizes: tuple[int, ...] | None = None,
     overwrite_residual: bool = False,
     is_output: bool = False,
+    prepack: bool = True,
 ) -> tuple[str, TensorStep]:
     """Lower a step to tensors, with its own copy of the weights.
 
@@ -62,12 +65,13 @@ def tensor_step(
         sizes: [N, C, ...] of a convolution's input: oneDNN lays the weights out for it.
         overwrite_residual: whether the residual's memory may become the result's.
         is_output: the result is what the model returns and no more: a linear layer gives fp32.
+        prepack: whether oneDNN may hold the weights in its own layout, on the CPU.
 
     Returns:
         The name of the kernel, for the report, and the function.
     """
     if isinstance(step, Convolution):
-        return _convolution(step, state, dtype, sizes, overwrite_residual)
+        return _convolution(step, state, dtype, sizes, overwrite_residual, prepack)
     if isinstance(step, Linear):
         return _linear(step, state, torch.float32 if is_output else dtype)
     if isinstance(step, Affine):
@@ -135,6 +139,7 @@ def _convolution(
     dtype: torch.dtype,
     sizes: tuple[int, ...] | None,
     overwrite_residual: bool,
+    prepack: bool,
 ) -> tuple[str, TensorStep]:
     folded = fold(step, state)
     weight = folded.dense(dtype)
@@ -142,9 +147,9 @@ def _convolution(
     activation = known_slope(step.activation, state)
     finish = _finish(step, activation, state)
     fused = _fused_activation(activation)
-    packed = _prepacked(step, weight, sizes)
+    packed = _prepacked(step, weight, sizes) if prepack else None
     if packed is None:
-        return "torch", _torch_convolution(step, weight.clone(), bias, finish)
+        return "torch", _torch_convolution(step, channels_last(weight.clone()), bias, finish)
     prepacked, unary, in_place = packed
     geometry = (_both_sides(step), list(step.stride), list(step.dilation), step.groups)
     if fused is None:

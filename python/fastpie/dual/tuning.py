@@ -1,7 +1,7 @@
 """Timing of kernels for the planner, remembered on disk.
 
-A time belongs to a processor, an instruction set, a number of threads, the version of torch, the
-native module, and a key that describes the work. The file is ``plans.json`` in the folder that
+A time belongs to what computes (on the CPU a processor, an instruction set and a number of threads),
+the version of torch, the kernels, and a key that describes the work. The file is ``plans.json`` in the folder that
 FASTPIE_CACHE_DIR names, by default ``fastpie`` under XDG_CACHE_HOME or ``~/.cache``. A file that
 cannot be read or written costs time and nothing else.
 """
@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 
+import fastpie
 from fastpie import _C
 from fastpie._files import write_atomically
 
-__all__ = ["Tuner", "cache_file"]
+__all__ = ["Tuner", "cache_file", "cpu_scope", "kernels_digest"]
 
 _REPEATS = 3
 _SECONDS = 0.02  # of repeats of one kernel, unless it takes longer
@@ -58,9 +59,26 @@ def _processor() -> str:
 
 
 @functools.cache
-def _kernels() -> str:
-    """Digest of the native module: other kernels have other times."""
-    return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:16]
+def kernels_digest(*, triton: bool = False) -> str:
+    """Digest of the native module, and of the Triton kernels: other kernels have other times."""
+    digest = hashlib.sha256(Path(_C.__file__).read_bytes())
+    if triton:
+        for path in sorted((Path(fastpie.__file__).parent / "triton_kernels").glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def cpu_scope() -> str:
+    """What a time on the CPU depends on besides the work."""
+    return " | ".join(
+        (
+            _processor(),
+            _C.cpu_capability(),
+            f"{torch.get_num_threads()} threads",
+            f"torch {torch.__version__}",
+            f"kernels {kernels_digest()}",
+        )
+    )
 
 
 class Tuner:
@@ -70,18 +88,18 @@ class Tuner:
         measured: pieces of work timed by this object, those from the file left out.
     """
 
-    def __init__(self) -> None:
-        """Read the file of this machine's times."""
+    def __init__(
+        self, scope: str | None = None, measure: Callable[[Callable[[], Any]], float] | None = None
+    ) -> None:
+        """Read the times of what computes.
+
+        Args:
+            scope: what computes; by default this CPU.
+            measure: seconds of a call; by default by the clock of the CPU.
+        """
         self.measured = 0
-        self._scope = " | ".join(
-            (
-                _processor(),
-                _C.cpu_capability(),
-                f"{torch.get_num_threads()} threads",
-                f"torch {torch.__version__}",
-                f"kernels {_kernels()}",
-            )
-        )
+        self._scope = cpu_scope() if scope is None else scope
+        self._measure = _time if measure is None else measure
         self._known: dict[str, Any] = _read().get(self._scope, {})
         self._new: dict[str, Any] = {}
 
@@ -94,7 +112,7 @@ class Tuner:
         """
         name = repr(key)
         if name not in self._known:
-            self._known[name] = self._new[name] = _time(work())
+            self._known[name] = self._new[name] = self._measure(work())
             self.measured += 1
         return float(self._known[name])
 
