@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv in this folder, torch pinned by constraints.txt.
-.PHONY: install demo test sanitize bench bench-peers peers bench-report lint format gpu-check clean
+.PHONY: install demo test sanitize emulate bench bench-peers peers bench-report lint format gpu-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Built and installed again when a source changed; the build folder makes that incremental.
 # Folders count too: their time changes when a file goes.
 SOURCES := $(shell find csrc python triton_kernels -not -name '*.pyc' -not -name __pycache__) CMakeLists.txt pyproject.toml constraints.txt
-NATIVE := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+NATIVE := $(shell find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 INSTALLED := $(VENV)/.installed
 
 install: $(INSTALLED)
@@ -32,7 +32,8 @@ demo: install
 # Triton reads TRITON_INTERPRET when it is imported: interpreted and compiled tests need processes
 # of their own.
 test: install
-	$(BIN)/python -m pytest -m "not triton_interpreter and not triton_compile and not cuda"
+	$(BIN)/python -m pytest -m "not triton_interpreter and not triton_compile and not cuda \
+	  and not cuda_emulated"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton_interpreter tests/triton_kernels
 	$(BIN)/python -m pytest -m triton_compile tests/triton_kernels
 
@@ -52,7 +53,24 @@ sanitize: install
 	cp $(SANITIZED)/_C.*.so $(SANITIZED)/site/fastpie
 	PYTHONPATH=$(CURDIR)/$(SANITIZED)/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-	  $(BIN)/python -m pytest --capture=sys -m "not cuda" tests/ops
+	  $(BIN)/python -m pytest --capture=sys -m "not cuda and not cuda_emulated" tests/ops
+
+# The CUDA kernels on the CPU (tests/csrc/cuda_emulator), with both sanitizers: each against its twin
+# on every machine, with or without a GPU.
+EMULATED := build/emulate
+emulate: install
+	$(BIN)/cmake -S . -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_BUILD_TYPE=Debug -DCMAKE_CXX_COMPILER=g++ -DFASTPIE_SANITIZE=ON \
+	  -DFASTPIE_EMULATE_CUDA=ON -DFASTPIE_WERROR=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build $(EMULATED)
+	rm -rf $(EMULATED)/site && mkdir $(EMULATED)/site
+	cp -r python/fastpie $(EMULATED)/site && cp -r triton_kernels $(EMULATED)/site/fastpie
+	cp $(EMULATED)/_C.*.so $(EMULATED)/site/fastpie
+	PYTHONPATH=$(CURDIR)/$(EMULATED)/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+	  $(BIN)/python -m pytest --capture=sys -m cuda_emulated \
+	  $$(grep -rl --include="*.py" "mark\.cuda_emulated" tests)
 
 bench: install
 	$(BIN)/python -m benchmarks.bench_disagreement

@@ -24,6 +24,9 @@
 #ifdef FASTPIE_WITH_CUDA
 #include "cuda/device.h"
 #endif
+#ifdef FASTPIE_EMULATE_CUDA
+#include "faults.h"  // of tests/csrc/cuda_emulator
+#endif
 
 namespace py = pybind11;
 using namespace fastpie;
@@ -316,6 +319,16 @@ void disagreement_cuda(std::uintptr_t dense, std::uintptr_t pruned, std::uintptr
 }
 #endif
 
+#ifdef FASTPIE_EMULATE_CUDA
+void cuda_fault(const std::string& kind, bool mistaken, std::uintptr_t input, std::uintptr_t output,
+                std::int64_t count) {
+  py::gil_scoped_release release;
+  check(cuda::fault(
+      {pointer<const std::uint32_t>(input), pointer<std::uint32_t>(output), count, mistaken}, kind,
+      nullptr));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -341,5 +354,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("disagreement_cuda", &disagreement_cuda);
 #else
   m.attr("cuda_architectures") = py::none();
+#endif
+#ifdef FASTPIE_EMULATE_CUDA
+  m.attr("cuda_emulated") = true;
+#ifdef __SANITIZE_ADDRESS__
+  m.attr("address_sanitizer") = true;
+#else
+  m.attr("address_sanitizer") = false;
+#endif
+  m.def("cuda_fault", &cuda_fault, "Kernels with mistakes that the emulator must find.");
+#else
+  m.attr("cuda_emulated") = false;
 #endif
 }

@@ -7,6 +7,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from fastpie import _C
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not _C.cuda_emulated:
+        skip = pytest.mark.skip(reason="this build does not emulate CUDA (make emulate)")
+        for item in items:
+            if item.get_closest_marker("cuda_emulated"):
+                item.add_marker(skip)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

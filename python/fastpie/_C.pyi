@@ -4,6 +4,8 @@ from typing import Any, TypeAlias
 
 cuda_architectures: str | None
 cuda_version: str
+cuda_emulated: bool
+address_sanitizer: bool
 cuda_max_classes: int
 
 def cpu_capability() -> str: ...
