@@ -68,6 +68,8 @@ for classes in (1, 12, 20, 30, 50, 100, 129, 1000, 16384):
                 labels = (torch.rand(5, classes, device="cuda") < 0.5).float()
             ops.disagreement(dense, pruned, labels, task)
 ops.null(torch.randn(1001, device="cuda"))
+for shape in ((5, 33), (64, 40, 3, 3)):
+    ops.pack_mask(torch.randint(0, 5, shape, device="cuda", dtype=torch.uint8), 2)
 torch.cuda.synchronize()
 print("launched")
 PYTHON_CODE

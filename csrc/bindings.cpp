@@ -20,6 +20,7 @@
 #include "fastpie/masked_conv.h"
 #include "fastpie/max_pool.h"
 #include "fastpie/null.h"
+#include "fastpie/pack_mask.h"
 #include "fastpie/relayout.h"
 #ifdef FASTPIE_WITH_CUDA
 #include "cuda/device.h"
@@ -283,6 +284,25 @@ void relayout_cpu(std::uintptr_t input, int input_dtype, const Seven& input_stri
   check(cpu::relayout(args, threads));
 }
 
+// sizes: (filters, channels, taps).
+PackMaskArgs pack_mask_args(std::uintptr_t codes, std::uintptr_t words, const Three& sizes,
+                            int level) {
+  if (level < 0 || level > 255) throw std::invalid_argument("Expected level in [0, 255]");
+  return {pointer<const std::uint8_t>(codes),
+          pointer<std::uint32_t>(words),
+          sizes[0],
+          sizes[1],
+          sizes[2],
+          level};
+}
+
+void pack_mask_cpu(std::uintptr_t codes, std::uintptr_t words, const Three& sizes, int level,
+                   int threads) {
+  const PackMaskArgs args = pack_mask_args(codes, words, sizes, level);
+  py::gil_scoped_release release;
+  check(cpu::pack_mask(args, threads));
+}
+
 std::string cpu_capability() {
   cpu::Isa isa;
   check(cpu::active_isa(&isa));
@@ -317,6 +337,13 @@ void disagreement_cuda(std::uintptr_t dense, std::uintptr_t pruned, std::uintptr
   py::gil_scoped_release release;
   check(cuda::disagreement(args, pointer<void>(stream)));
 }
+
+void pack_mask_cuda(std::uintptr_t codes, std::uintptr_t words, const Three& sizes, int level,
+                    std::uintptr_t stream) {
+  const PackMaskArgs args = pack_mask_args(codes, words, sizes, level);
+  py::gil_scoped_release release;
+  check(cuda::pack_mask(args, pointer<void>(stream)));
+}
 #endif
 
 #ifdef FASTPIE_EMULATE_CUDA
@@ -343,6 +370,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("masked_conv_weight_gradient_cpu", &masked_conv_weight_gradient_cpu);
   define_packing(m, &pack_args);
   m.def("max_pool_cpu", &max_pool_cpu);
+  m.def("pack_mask_cpu", &pack_mask_cpu);
   m.def("relayout_cpu", &relayout_cpu);
 #ifdef FASTPIE_WITH_CUDA
   m.attr("cuda_architectures") = FASTPIE_CUDA_ARCHITECTURES;
@@ -352,6 +380,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Empty where a CUDA device can run these kernels, else why not.");
   m.def("null_cuda", &null_cuda);
   m.def("disagreement_cuda", &disagreement_cuda);
+  m.def("pack_mask_cuda", &pack_mask_cuda);
 #else
   m.attr("cuda_architectures") = py::none();
 #endif

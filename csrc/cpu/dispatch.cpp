@@ -6,6 +6,7 @@
 #include "fastpie/masked_conv.h"
 #include "fastpie/max_pool.h"
 #include "fastpie/null.h"
+#include "fastpie/pack_mask.h"
 #include "fastpie/relayout.h"
 #include "isa.h"
 
@@ -19,6 +20,7 @@ namespace fastpie::cpu {
   X(masked_conv_chain, MaskedConvChainArgs)                    \
   X(masked_conv_weight_gradient, MaskedConvWeightGradientArgs) \
   X(max_pool, MaxPoolArgs)                                     \
+  X(pack_mask, PackMaskArgs)                                   \
   X(relayout, RelayoutArgs)
 
 #define FASTPIE_DECLARE_KERNEL(name, Args) Status name(const Args& args, int threads);

@@ -117,3 +117,9 @@ def relayout_cpu(
     threads: int,
     /,
 ) -> None: ...
+def pack_mask_cpu(
+    codes: int, words: int, sizes: tuple[int, int, int], level: int, threads: int, /
+) -> None: ...
+def pack_mask_cuda(
+    codes: int, words: int, sizes: tuple[int, int, int], level: int, stream: int, /
+) -> None: ...

@@ -89,7 +89,8 @@ def test_objects_export_no_weak_or_unique_symbol(objects: dict[str, list[Path]])
 
 # Types and C functions: nothing that the compiler could make a weak symbol of.
 ALLOWED_OF_STD = {
-    "free", "int32_t", "int64_t", "malloc", "size_t", "uint16_t", "uint32_t", "uint64_t", "uintptr_t",
+    "free", "int32_t", "int64_t", "malloc", "size_t", "uint8_t", "uint16_t", "uint32_t", "uint64_t",
+    "uintptr_t",
 }  # fmt: skip
 
 

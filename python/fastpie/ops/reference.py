@@ -86,9 +86,9 @@ def pack_mask(mask: Tensor) -> Tensor:  # bool [K, C, *kernel] -> int32 [K, taps
 
     Bit c % 32 of word c // 32 is set where the weight of channel c is kept; bits beyond C are 0.
     """
-    filters, channels = mask.shape[:2]
-    by_tap = mask.reshape(filters, channels, -1).transpose(1, 2)  # [K, taps, C]
-    by_tap = functional.pad(by_tap, (0, -channels % 32)).unflatten(2, (-1, 32))
+    channels = mask.shape[1]
+    by_tap = mask.unsqueeze(-1).flatten(2).transpose(1, 2)  # [K, taps, C]
+    by_tap = functional.pad(by_tap, (0, -channels % 32)).unflatten(2, (-(-channels // 32), 32))
     words = (by_tap.long() << torch.arange(32, device=mask.device)).sum(-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
