@@ -70,6 +70,9 @@ for classes in (1, 12, 20, 30, 50, 100, 129, 1000, 16384):
 ops.null(torch.randn(1001, device="cuda"))
 for shape in ((5, 33), (64, 40, 3, 3)):
     ops.pack_mask(torch.randint(0, 5, shape, device="cuda", dtype=torch.uint8), 2)
+for counts in ([0, 9, 30_000], range(1, 30_000, 150)):  # few histograms, and more than a block has
+    weights = [torch.randn(n, device="cuda").mul(50).round() for n in (1, 30_000, 0, 1025)]
+    ops.magnitude_levels([*weights, weights[1].half(), weights[3].bfloat16()], counts)
 torch.cuda.synchronize()
 print("launched")
 PYTHON_CODE

@@ -17,6 +17,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "fastpie/disagreement.h"
+#include "fastpie/magnitude_levels.h"
 #include "fastpie/masked_conv.h"
 #include "fastpie/max_pool.h"
 #include "fastpie/null.h"
@@ -344,6 +345,29 @@ void pack_mask_cuda(std::uintptr_t codes, std::uintptr_t words, const Three& siz
   py::gil_scoped_release release;
   check(cuda::pack_mask(args, pointer<void>(stream)));
 }
+
+// sizes: (tensors, levels, elements, tiles).
+void magnitude_levels_cuda(std::uintptr_t tensors, std::uintptr_t counts, const Four& sizes,
+                           std::uintptr_t codes, std::uintptr_t nonfinite, int blocks,
+                           std::uintptr_t workspace, std::uintptr_t stream) {
+  if (sizes[1] < 1 || sizes[1] > kMagnitudeMaxLevels) {
+    throw std::invalid_argument("Expected 1 to 255 levels");
+  }
+  if (blocks < 1) throw std::invalid_argument("Expected at least one block");
+  MagnitudeLevelsArgs args{};
+  args.tensors = pointer<const MagnitudeTensor>(tensors);
+  args.tensor_count = sizes[0];
+  args.counts = pointer<const std::int64_t>(counts);
+  args.levels = static_cast<std::int32_t>(sizes[1]);
+  args.elements = sizes[2];
+  args.tiles = sizes[3];
+  args.codes = pointer<std::uint8_t>(codes);
+  args.nonfinite = pointer<std::int64_t>(nonfinite);
+  args.blocks = blocks;
+  args.workspace = pointer<void>(workspace);
+  py::gil_scoped_release release;
+  check(cuda::magnitude_levels(args, pointer<void>(stream)));
+}
 #endif
 
 #ifdef FASTPIE_EMULATE_CUDA
@@ -380,7 +404,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Empty where a CUDA device can run these kernels, else why not.");
   m.def("null_cuda", &null_cuda);
   m.def("disagreement_cuda", &disagreement_cuda);
+  m.def("magnitude_levels_cuda", &magnitude_levels_cuda);
+  m.def("magnitude_levels_workspace", &cuda::magnitude_levels_workspace);
   m.def("pack_mask_cuda", &pack_mask_cuda);
+  m.attr("magnitude_tile") = kMagnitudeTile;
 #else
   m.attr("cuda_architectures") = py::none();
 #endif

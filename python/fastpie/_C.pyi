@@ -7,6 +7,7 @@ cuda_version: str
 cuda_emulated: bool
 address_sanitizer: bool
 cuda_max_classes: int
+magnitude_tile: int
 
 def cpu_capability() -> str: ...
 def cpu_capabilities() -> list[str]: ...
@@ -123,3 +124,15 @@ def pack_mask_cpu(
 def pack_mask_cuda(
     codes: int, words: int, sizes: tuple[int, int, int], level: int, stream: int, /
 ) -> None: ...
+def magnitude_levels_cuda(
+    tensors: int,
+    counts: int,
+    sizes: tuple[int, int, int, int],
+    codes: int,
+    nonfinite: int,
+    blocks: int,
+    workspace: int,
+    stream: int,
+    /,
+) -> None: ...
+def magnitude_levels_workspace(levels: int, blocks: int, /) -> int: ...

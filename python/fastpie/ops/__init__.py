@@ -5,12 +5,14 @@ One file holds one operator: schema, implementations, fake kernel and autograd. 
 """
 
 from fastpie.ops.disagreement import disagreement
+from fastpie.ops.magnitude_levels import magnitude_levels
 from fastpie.ops.masked_conv import masked_conv1d, masked_conv2d, masked_conv3d, masked_linear
 from fastpie.ops.null import null
 from fastpie.ops.pack_mask import pack_mask
 
 __all__ = [
     "disagreement",
+    "magnitude_levels",
     "masked_conv1d",
     "masked_conv2d",
     "masked_conv3d",

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 __all__ = [
     "disagreement",
+    "magnitude_levels",
     "masked_conv",
     "masked_conv_nhwc",
     "masked_linear",
@@ -97,6 +98,23 @@ def unpack_mask(words: Tensor, channels: int) -> Tensor:  # int32 [K, taps, word
     """The opposite of `pack_mask`: bool [K, C, taps]."""
     bits = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
     return bits.flatten(2)[..., :channels].bool().transpose(1, 2)
+
+
+def magnitude_levels(
+    weights: Sequence[Tensor],  # each [...]
+    counts: Sequence[int],  # [L], non-decreasing
+) -> tuple[Tensor, Tensor]:  # uint8 [N], int64 [len(weights)]
+    """The first level that removes each weight of the list that all tensors make, L where none does.
+
+    Level l removes the first counts[l] of the list sorted by magnitude, equal ones by their place.
+    The second result counts the weights of each tensor that are NaN or infinite.
+    """
+    magnitude = torch.cat([weight.detach().float().abs().reshape(-1) for weight in weights])
+    order = magnitude.argsort(stable=True)
+    codes = torch.full_like(magnitude, len(counts), dtype=torch.uint8)
+    for level in reversed(range(len(counts))):
+        codes[order[: counts[level]]] = level
+    return codes, torch.stack([(~weight.isfinite()).sum() for weight in weights])
 
 
 def masked_conv_nhwc(
