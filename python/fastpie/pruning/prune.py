@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastpie._digest import digest_of
 from fastpie.errors import FastpieError
+from fastpie.ops import _native
+from fastpie.ops.magnitude_levels import DTYPES, magnitude_levels
 from fastpie.pruning.masks import Masks
 
 __all__ = ["prunable_weights", "prune"]
@@ -37,8 +39,9 @@ def prune(
     With `scope="global"` exactly `round(sparsity * N)` of all N prunable weights are removed, with
     "layer" exactly `round(sparsity * n)` of each weight tensor's n. "l1" removes the smallest
     magnitudes (PruneCXR, arXiv 2308.09180), "random" any (the control). Equal magnitudes are
-    ordered by `named_modules`, then in C order; the lower index goes first. The choice is made on
-    the CPU and is the same bits for every device and thread count.
+    ordered by `named_modules`, then in C order; the lower index goes first. The choice is the same
+    bits for every device and thread count: "l1" is made on the GPU where all weights lie there,
+    everything else on the CPU.
 
     Args:
         model: any module; a weight that several modules share counts once.
@@ -71,24 +74,19 @@ def prune(
     sparsities = _checked_sparsities(sparsity)
     weights = prunable_weights(model, modules=modules, exclude=exclude)
 
-    magnitudes = {name: _magnitude(name, weight) for name, weight in weights.items()}
-    digest = digest_of(weights)
-    if method == "random":
-        seed = int(torch.randint(2**63 - 1, ()).item()) if seed is None else seed
-        generator = np.random.default_rng(seed)
-        magnitudes = {name: generator.random(m.size) for name, m in magnitudes.items()}
-
-    if scope == "layer":
-        codes = {name: _levels_of(m, sparsities) for name, m in magnitudes.items()}
+    if method == "l1" and _all_on_one_gpu(weights):
+        codes = _codes_by_operator(weights, sparsities, scope)
+        digest = digest_of(weights)
     else:
-        flat = _levels_of(np.concatenate(list(magnitudes.values())), sparsities)
-        ends = np.cumsum([m.size for m in magnitudes.values()])
-        codes = dict(zip(magnitudes, np.split(flat, ends[:-1]), strict=True))
+        magnitudes = {name: _magnitude(name, weight) for name, weight in weights.items()}
+        digest = digest_of(weights)
+        if method == "random":
+            seed = int(torch.randint(2**63 - 1, ()).item()) if seed is None else seed
+            generator = np.random.default_rng(seed)
+            magnitudes = {name: generator.random(m.size) for name, m in magnitudes.items()}
+        codes = _codes_of(magnitudes, sparsities, scope)
     return Masks(
-        {
-            name: torch.from_numpy(np.ascontiguousarray(code)).reshape(weights[name].shape)
-            for name, code in codes.items()
-        },
+        {name: code.reshape(weights[name].shape) for name, code in codes.items()},
         sparsities,
         is_ladder=is_ladder,
         fingerprint=Masks.fingerprint_of(model),
@@ -190,13 +188,57 @@ def _magnitude(name: str, weight: nn.Parameter) -> np.ndarray:
     # Half precisions are exact in fp32; fp64 stays, so that the order is that of the weights.
     values = values if values.dtype is torch.float64 else values.float()
     magnitude: np.ndarray = values.abs().reshape(-1).numpy()
-    if not np.isfinite(magnitude).all():
-        bad = int((~np.isfinite(magnitude)).sum())
-        raise FastpieError(
-            f"Expected finite weights, but `{name}` holds {bad} NaN or infinite of "
-            f"{magnitude.size}."
-        )
+    _check_finite(name, int(magnitude.size - np.isfinite(magnitude).sum()), magnitude.size)
     return magnitude
+
+
+def _check_finite(name: str, bad: int, size: int) -> None:
+    if bad:
+        raise FastpieError(
+            f"Expected finite weights, but `{name}` holds {bad} NaN or infinite of {size}."
+        )
+
+
+def _all_on_one_gpu(weights: Mapping[str, nn.Parameter]) -> bool:
+    """Whether CUDA kernels of ours can select from these weights where they lie."""
+    devices = {weight.device for weight in weights.values()}
+    return (
+        len(devices) == 1
+        and devices.pop().type == "cuda"
+        and all(weight.dtype in DTYPES for weight in weights.values())
+        and _native.cuda_unusable_reason() is None
+    )
+
+
+def _codes_by_operator(
+    weights: Mapping[str, nn.Parameter], sparsities: Sequence[float], scope: str
+) -> dict[str, Tensor]:
+    """Level codes by name, selected where the weights lie, with one wait for them at the end."""
+    groups = [list(weights)] if scope == "global" else [[name] for name in weights]
+    chosen = []
+    for names in groups:
+        tensors = [weights[name].detach() for name in names]
+        total = sum(tensor.numel() for tensor in tensors)
+        chosen.append(magnitude_levels(tensors, [round(s * total) for s in sparsities]))
+    nonfinite = torch.cat([bad for _, bad in chosen]).tolist()
+    sizes = [weight.numel() for weight in weights.values()]
+    for name, bad, size in zip(weights, nonfinite, sizes, strict=True):
+        _check_finite(name, bad, size)
+    codes = torch.cat([code for code, _ in chosen]).cpu()
+    return dict(zip(weights, codes.split(sizes), strict=True))
+
+
+def _codes_of(
+    magnitudes: Mapping[str, np.ndarray], sparsities: Sequence[float], scope: str
+) -> dict[str, Tensor]:
+    """Level codes by name, flat."""
+    if scope == "layer":
+        codes = {name: _levels_of(m, sparsities) for name, m in magnitudes.items()}
+    else:
+        flat = _levels_of(np.concatenate(list(magnitudes.values())), sparsities)
+        ends = np.cumsum([m.size for m in magnitudes.values()])
+        codes = dict(zip(magnitudes, np.split(flat, ends[:-1]), strict=True))
+    return {name: torch.from_numpy(np.ascontiguousarray(c)) for name, c in codes.items()}
 
 
 def _levels_of(magnitude: np.ndarray, sparsities: Sequence[float]) -> np.ndarray:
