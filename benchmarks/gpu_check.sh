@@ -73,6 +73,11 @@ for shape in ((5, 33), (64, 40, 3, 3)):
 for counts in ([0, 9, 30_000], range(1, 30_000, 150)):  # few histograms, and more than a block has
     weights = [torch.randn(n, device="cuda").mul(50).round() for n in (1, 30_000, 0, 1025)]
     ops.magnitude_levels([*weights, weights[1].half(), weights[3].bfloat16()], counts)
+for shape in ((2, 3, 5, 7), (2, 3, 8, 8)):  # single elements, and vectors
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        images = torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
+        ops.normalize_uint8(images, *torch.rand(2, 3, device="cuda"), dtype)
+        ops.normalize_uint8(images, *torch.rand(2, 3, device="cuda"), dtype, 8)
 torch.cuda.synchronize()
 print("launched")
 PYTHON_CODE

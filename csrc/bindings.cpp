@@ -20,6 +20,7 @@
 #include "fastpie/magnitude_levels.h"
 #include "fastpie/masked_conv.h"
 #include "fastpie/max_pool.h"
+#include "fastpie/normalize_uint8.h"
 #include "fastpie/null.h"
 #include "fastpie/pack_mask.h"
 #include "fastpie/relayout.h"
@@ -368,6 +369,27 @@ void magnitude_levels_cuda(std::uintptr_t tensors, std::uintptr_t counts, const 
   py::gil_scoped_release release;
   check(cuda::magnitude_levels(args, pointer<void>(stream)));
 }
+
+// strides: of (image, channel, pixel); sizes: (images, channels, pixels, padded channels).
+void normalize_uint8_cuda(std::uintptr_t images, const Three& strides, std::uintptr_t mean,
+                          std::uintptr_t std, std::uintptr_t output, int dtype, const Four& sizes,
+                          std::uintptr_t stream) {
+  NormalizeUint8Args args{};
+  args.images = pointer<const std::uint8_t>(images);
+  args.image_stride = strides[0];
+  args.channel_stride = strides[1];
+  args.pixel_stride = strides[2];
+  args.mean = pointer<const float>(mean);
+  args.std = pointer<const float>(std);
+  args.output = pointer<void>(output);
+  args.dtype = dtype_of(dtype);
+  args.image_count = sizes[0];
+  args.channels = sizes[1];
+  args.pixels = sizes[2];
+  args.padded = sizes[3];
+  py::gil_scoped_release release;
+  check(cuda::normalize_uint8(args, pointer<void>(stream)));
+}
 #endif
 
 #ifdef FASTPIE_EMULATE_CUDA
@@ -406,6 +428,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("disagreement_cuda", &disagreement_cuda);
   m.def("magnitude_levels_cuda", &magnitude_levels_cuda);
   m.def("magnitude_levels_workspace", &cuda::magnitude_levels_workspace);
+  m.def("normalize_uint8_cuda", &normalize_uint8_cuda);
   m.def("pack_mask_cuda", &pack_mask_cuda);
   m.attr("magnitude_tile") = kMagnitudeTile;
 #else

@@ -136,3 +136,14 @@ def magnitude_levels_cuda(
     /,
 ) -> None: ...
 def magnitude_levels_workspace(levels: int, blocks: int, /) -> int: ...
+def normalize_uint8_cuda(
+    images: int,
+    strides: tuple[int, int, int],
+    mean: int,
+    std: int,
+    output: int,
+    dtype: int,
+    sizes: tuple[int, int, int, int],
+    stream: int,
+    /,
+) -> None: ...

@@ -7,6 +7,7 @@ One file holds one operator: schema, implementations, fake kernel and autograd. 
 from fastpie.ops.disagreement import disagreement
 from fastpie.ops.magnitude_levels import magnitude_levels
 from fastpie.ops.masked_conv import masked_conv1d, masked_conv2d, masked_conv3d, masked_linear
+from fastpie.ops.normalize_uint8 import normalize_uint8
 from fastpie.ops.null import null
 from fastpie.ops.pack_mask import pack_mask
 
@@ -17,6 +18,7 @@ __all__ = [
     "masked_conv2d",
     "masked_conv3d",
     "masked_linear",
+    "normalize_uint8",
     "null",
     "pack_mask",
 ]

@@ -18,6 +18,7 @@ __all__ = [
     "masked_conv",
     "masked_conv_nhwc",
     "masked_linear",
+    "normalize_uint8",
     "null",
     "pack_mask",
     "spearman",
@@ -115,6 +116,22 @@ def magnitude_levels(
     for level in reversed(range(len(counts))):
         codes[order[: counts[level]]] = level
     return codes, torch.stack([(~weight.isfinite()).sum() for weight in weights])
+
+
+def normalize_uint8(
+    images: Tensor,  # uint8 [N, C, H, W]
+    mean: Tensor,  # fp32 [C]
+    std: Tensor,  # fp32 [C]
+    dtype: torch.dtype,
+    channel_multiple: int,
+) -> Tensor:  # [N, P, H, W] of dtype, channels_last
+    """(images / 255 - mean) / std in fp32, with channels of zeros up to a multiple."""
+    # On a GPU torch multiplies by the reciprocal of a number; by a tensor it divides.
+    x = images.float() / torch.full((), 255.0, device=images.device)
+    x = (x - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    x = functional.pad(x, (0, 0, 0, 0, 0, -images.shape[1] % channel_multiple))
+    output = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
+    return output.copy_(x)
 
 
 def masked_conv_nhwc(
