@@ -12,7 +12,7 @@ from torch import Tensor
 from fastpie.dual.program import Activation, Convolution, Linear, Program, TensorName
 from fastpie.dual.states import ModelState, fold
 from fastpie.dual.tensor_steps import known_slope
-from fastpie.ops.reference import pack_mask
+from fastpie.ops import pack_mask
 
 __all__ = ["GpuLayer"]
 
