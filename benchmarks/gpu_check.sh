@@ -56,7 +56,7 @@ failed=()
 step "tests"
 # Only the files with such tests: others import packages that a GPU machine need not have.
 grep -rl --include='*.py' 'mark\.cuda' tests | sort \
-  | xargs "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda 2>&1 \
+  | xargs timeout 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda 2>&1 \
   | tee "$LOGS/gpu-tests.log" || failed+=("tests")
 
 step "compute-sanitizer"
@@ -125,7 +125,9 @@ bench() {
 # The short ones first; the table of the last is what the end of the output shows.
 bench agreement 60 benchmarks.gpu_agreement
 bench disagreement 40 benchmarks.bench_disagreement_gpu
-bench dual-forward 120 benchmarks.bench_dual_gpu --batches 256
+bench dual-forward 90 benchmarks.bench_dual_gpu --batches 256 --providers fastpie own-dense eager
+# torch.compile(max-autotune) may take minutes; the engine's choices are remembered by now.
+bench dual-forward-compile 120 benchmarks.bench_dual_gpu --batches 256
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\nFAILED: %s\n' "${failed[*]}"

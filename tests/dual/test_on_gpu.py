@@ -30,6 +30,14 @@ RESIDUAL = next(n for n in SMALL if n.name == "residual")
 WITHIN = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.02}
 
 
+@pytest.fixture(autouse=True)
+def without_triton(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton compiles for seconds each kind of layer: its own test is enough."""
+    families_of = available.families_of
+    if "triton" not in request.node.name:
+        monkeypatch.setattr(available, "families_of", lambda _: families_of("cuda"))
+
+
 def on_gpu(tree: Any) -> Any:
     return pytree.tree_map(lambda x: x.cuda() if isinstance(x, Tensor) else x, tree)
 
@@ -58,11 +66,6 @@ def exact(dual: DualModel, x: Any) -> DualOutput:
         return dual(*x)
 
 
-def backends() -> list[str]:
-    device = torch.device("cuda", 0)
-    return [b for b in ("cuda", "triton") if available.unusable_reason(b, device) is None]
-
-
 @networks
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_batch_gives_what_the_dual_model_gives(network: Network, precision: str) -> None:
@@ -81,31 +84,38 @@ def test_networks_of_monai(network: Network) -> None:
     assert relative_error(engine(*x), exact(dual, x)) < WITHIN["bf16"]
 
 
-@pytest.mark.parametrize("family", ["triton", "cuda"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_family_of_kernels_alone(
-    family: str, precision: str, monkeypatch: pytest.MonkeyPatch
+def test_cuda_kernels_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for precision in ("bf16", "fp16"):
+        for network in captured:
+            check_alone("cuda", network, precision, monkeypatch)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_triton_kernels_alone(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_alone("triton", RESIDUAL, precision, monkeypatch)
+
+
+def check_alone(
+    family: str, network: Network, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every layer that the family serves runs on it, whatever is faster."""
-    if family not in backends():
-        pytest.skip(f"the {family} kernels cannot be used here")
-    found = available.families_of(family)
-    ours = [f for f in found if getattr(f, "name", None) == family]
-    assert ours
-    monkeypatch.setattr(available, "families_of", lambda _: [*ours, Torch()])
+    reason = available.unusable_reason(family, torch.device("cuda", 0))
+    if reason is not None:
+        pytest.skip(reason)
+    (ours,) = (f for f in available.families_of(family) if getattr(f, "name", None) == family)
+    monkeypatch.setattr(available, "families_of", lambda _: [ours, Torch()])
 
     def seconds(self: Any, key: Any, work: Any) -> float:
         work()()
         return 1.0 if key[-1] == "torch" else 1e-3
 
     monkeypatch.setattr("fastpie.dual.tuning.Tuner.seconds", seconds)
-    for network in captured:
-        dual, engine = compiled(network, 0.6, precision=precision)
-        x = on_gpu(network.inputs(5))
-        assert relative_error(engine(*x), exact(dual, x)) < WITHIN[precision], network.name
-        if network.name == "residual" and (family, precision) != ("cuda", "fp32"):
-            kernels = [k for groups in engine.plan["steps"].values() for _, k in groups if k]
-            assert all(k.startswith(family) for k in kernels), kernels
+    dual, engine = compiled(network, 0.6, precision=precision)
+    x = on_gpu(network.inputs(5))
+    assert relative_error(engine(*x), exact(dual, x)) < WITHIN[precision], network.name
+    if network is RESIDUAL:
+        kernels = [k for groups in engine.plan["steps"].values() for _, k in groups if k]
+        assert all(k.startswith(family) for k in kernels), kernels
 
 
 def test_all_ones_masks_give_the_same_bits() -> None:
