@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastpie import _C
+from fastpie.dual.gpu import cudnn_graph
 from fastpie.ops import _native
 
 __all__ = ["examine"]
@@ -72,7 +73,11 @@ def _cpu_row() -> dict[str, Any]:
 
 
 def _gpu_rows() -> list[dict[str, Any]]:
-    reasons = {"cuda": _native.cuda_unusable_reason(), "triton": _native.triton_unusable_reason()}
+    reasons = {
+        "cuda": _native.cuda_unusable_reason(),
+        "triton": _native.triton_unusable_reason(),
+        "cudnn graph": cudnn_graph.unusable_reason(),
+    }
     return [
         {"name": name, "usable": reason is None, "reason": reason}
         for name, reason in reasons.items()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastpie import ops
+from fastpie.dual.gpu import cudnn_graph
 from fastpie.dual.gpu.device import CudaDevice, Device, tf32_allowed
 from fastpie.dual.gpu.kernels import ChannelsLast, Cudnn, Family, Torch
 from fastpie.dual.gpu.layers import GpuLayer
@@ -43,6 +44,8 @@ def families_of(backend: str) -> list[Family]:
         backend: "cuda" leaves the Triton kernels out, "triton" our CUDA kernels; "auto" nothing.
     """
     families: list[Family] = [Torch(), Cudnn()]
+    if cudnn_graph.unusable_reason() is None:
+        families.append(cudnn_graph.CudnnGraph())
     if backend != "cuda" and _native.triton_unusable_reason() is None:
         families.append(_triton())
     if backend != "triton" and _native.cuda_unusable_reason() is None:
