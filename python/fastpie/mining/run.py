@@ -31,7 +31,9 @@ from fastpie._digest import digest_of
 from fastpie.dual import DualEngine, DualModel
 from fastpie.dual.calibration import statistics_of
 from fastpie.dual.inputs import as_arguments
+from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
+from fastpie.mining.lanes import Lanes
 from fastpie.mining.plan import Plan, fingerprint_of, known_sample_ids
 from fastpie.mining.reading import Batch, Kind, Problem, Reader, Sample, path_of
 from fastpie.mining.result import MiningResult
@@ -179,6 +181,7 @@ class _Run:
         self.scorer: Scorer
         self.config: dict[str, Any]
         self.record: dict[str, Any]
+        self.lanes = Lanes(device)
         self.engine: DualEngine | None = None
         self.ids_in_items = False
 
@@ -396,10 +399,12 @@ class _Run:
         finished = len(self.plan) - sum(len(self.plan.samples_of(part)) for part in todo)
         collected = _Part()
         with self._bar(len(self.plan), "mining", initial=finished) as bar:
-            for number, batch in zip(batches, self._read(batches), strict=True):
-                if batch.images is not None:
-                    self._score_batch(batch, collected)
-                collected.problems += batch.problems
+            for (number, _), found in self.lanes.overlapped(
+                zip(batches, self._read(batches), strict=True),
+                lambda item: self._forward(item[1]),
+                lambda item, out: self._scored(item[1], out),
+            ):
+                collected.add(found)
                 part = number // self.plan.batches_per_part
                 if number == self.plan.batches_of(part)[-1]:
                     if part in done:
@@ -453,13 +458,7 @@ class _Run:
 
     def _arguments(self, images: Any) -> tuple[Any, ...]:
         """Images on the device, as the model's positional arguments."""
-
-        def move(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor):
-                return leaf.as_subclass(Tensor).to(self.device, non_blocking=True)
-            return leaf
-
-        images = pytree.tree_map(move, images)
+        images = self.lanes.to_device(images)
         return as_arguments(tuple(images) if isinstance(images, list) else images)
 
     def _engine(self, args: tuple[Any, ...], *, fresh: bool) -> DualEngine:
@@ -534,20 +533,30 @@ class _Run:
                 f"{len(positions)} chosen is; pass recalibrate=False or mend the data."
             )
 
-    def _score_batch(self, batch: Batch, into: _Part) -> None:
+    def _forward(self, batch: Batch) -> DualOutput | None:
+        """Both models on a batch; on a GPU without waiting for them."""
+        if batch.images is None:
+            return None
         args = self._arguments(batch.images)
         if self.engine is None:
             self.engine = self._engine(args, fresh=False)
-        rows, columns, problems, kept = self.scorer.score(
-            self.engine(*args), batch.labels, batch.positions, batch.slots
-        )
-        into.problems += problems
-        ids = pa.array([self.plan.sample_ids[batch.positions[r]] for r in rows], pa.string())
-        into.tables.append(pa.table({"sample_id": ids, **columns}))
-        for kind, (dense, pruned) in kept.items():
-            into.extras.setdefault(kind, []).append(
-                pa.table({"sample_id": ids, "dense": _lists(dense), "pruned": _lists(pruned)})
+        return self.engine(*args)
+
+    def _scored(self, batch: Batch, out: DualOutput | None) -> _Part:
+        """What a batch adds to its part."""
+        found = _Part()
+        if out is not None:
+            rows, columns, found.problems, kept = self.scorer.score(
+                out, batch.labels, batch.positions, batch.slots
             )
+            ids = pa.array([self.plan.sample_ids[batch.positions[r]] for r in rows], pa.string())
+            found.tables.append(pa.table({"sample_id": ids, **columns}))
+            for kind, (dense, pruned) in kept.items():
+                found.extras.setdefault(kind, []).append(
+                    pa.table({"sample_id": ids, "dense": _lists(dense), "pruned": _lists(pruned)})
+                )
+        found.problems += batch.problems
+        return found
 
     def _keep_scored(self, part: int, collected: _Part) -> None:
         """Of a retry, take over only samples that had no score: one that fails now keeps its row."""
@@ -628,6 +637,13 @@ class _Part:
         self.tables: list[pa.Table] = []
         self.extras: dict[str, list[pa.Table]] = {}
         self.problems: list[Problem] = []
+
+    def add(self, other: _Part) -> None:
+        """Append the rows of the next batch."""
+        self.tables += other.tables
+        for kind, tables in other.extras.items():
+            self.extras.setdefault(kind, []).extend(tables)
+        self.problems += other.problems
 
 
 def versions() -> dict[str, Any]:

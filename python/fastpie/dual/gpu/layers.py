@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastpie import ops
 from fastpie.dual.program import Activation, Convolution, Linear, Program, TensorName
 from fastpie.dual.states import ModelState, fold
 from fastpie.dual.tensor_steps import known_slope
-from fastpie.ops import pack_mask
 
 __all__ = ["GpuLayer"]
 
@@ -89,7 +89,7 @@ class GpuLayer:
         if model not in self._of_model:
             folded = fold(self.step, self.states[model])
             self._of_model[model] = _OfModel(
-                None if folded.keep is None else pack_mask(folded.keep).contiguous(),
+                None if folded.keep is None else ops.pack_mask(folded.keep),
                 folded.scale,
                 folded.bias,
             )
