@@ -82,7 +82,9 @@ class Lanes:
             return None
         return torch.cuda.current_stream(self.device).record_event()
 
-    def _finish(self, done: tuple[_Item, Any, Any], score: Callable[[_Item, Any], None]) -> _Item:
+    def _finish(
+        self, done: tuple[_Item, Any, Any], score: Callable[[_Item, Any], _Scores]
+    ) -> tuple[_Item, _Scores]:
         item, result, mark = done
         context: Any = contextlib.nullcontext()
         if self._scores is not None:
