@@ -24,6 +24,7 @@
 #include "fastpie/null.h"
 #include "fastpie/pack_mask.h"
 #include "fastpie/relayout.h"
+#include "fastpie/top_k.h"
 #ifdef FASTPIE_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -390,6 +391,24 @@ void normalize_uint8_cuda(std::uintptr_t images, const Three& strides, std::uint
   py::gil_scoped_release release;
   check(cuda::normalize_uint8(args, pointer<void>(stream)));
 }
+
+void top_k_update_cuda(std::uintptr_t values, std::uintptr_t ids, std::int64_t k,
+                       std::uintptr_t scores, std::int64_t levels, std::int64_t count,
+                       std::int64_t level_stride, std::uintptr_t new_ids, std::int64_t first_id,
+                       std::uintptr_t stream) {
+  TopKUpdateArgs args{};
+  args.values = pointer<float>(values);
+  args.ids = pointer<std::int64_t>(ids);
+  args.scores = pointer<const float>(scores);
+  args.new_ids = pointer<const std::int64_t>(new_ids);
+  args.first_id = first_id;
+  args.k = k;
+  args.levels = levels;
+  args.count = count;
+  args.level_stride = level_stride;
+  py::gil_scoped_release release;
+  check(cuda::top_k_update(args, pointer<void>(stream)));
+}
 #endif
 
 #ifdef FASTPIE_EMULATE_CUDA
@@ -429,6 +448,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("magnitude_levels_cuda", &magnitude_levels_cuda);
   m.def("magnitude_levels_workspace", &cuda::magnitude_levels_workspace);
   m.def("normalize_uint8_cuda", &normalize_uint8_cuda);
+  m.def("top_k_update_cuda", &top_k_update_cuda);
   m.def("pack_mask_cuda", &pack_mask_cuda);
   m.attr("magnitude_tile") = kMagnitudeTile;
 #else

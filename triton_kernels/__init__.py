@@ -7,5 +7,6 @@ operators in `fastpie.ops` check them.
 
 from .disagreement import disagreement
 from .null import null
+from .top_k import top_k_update
 
-__all__ = ["disagreement", "null"]
+__all__ = ["disagreement", "null", "top_k_update"]

@@ -45,6 +45,18 @@ def disagreement_cuda(
     pruned_row_stride: int,
     stream: int,
 ) -> None: ...
+def top_k_update_cuda(
+    values: int,
+    ids: int,
+    k: int,
+    scores: int,
+    levels: int,
+    count: int,
+    level_stride: int,
+    new_ids: int,
+    first_id: int,
+    stream: int,
+) -> None: ...
 
 _PackedWeights: TypeAlias = tuple[int, int, int, int, int]
 _Activations: TypeAlias = tuple[int, int, int]

@@ -10,9 +10,11 @@ from fastpie.ops.masked_conv import masked_conv1d, masked_conv2d, masked_conv3d,
 from fastpie.ops.normalize_uint8 import normalize_uint8
 from fastpie.ops.null import null
 from fastpie.ops.pack_mask import pack_mask
+from fastpie.ops.top_k import disagreement_top_k, top_k_update
 
 __all__ = [
     "disagreement",
+    "disagreement_top_k",
     "magnitude_levels",
     "masked_conv1d",
     "masked_conv2d",
@@ -21,4 +23,5 @@ __all__ = [
     "normalize_uint8",
     "null",
     "pack_mask",
+    "top_k_update",
 ]

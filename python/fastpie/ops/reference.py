@@ -22,6 +22,7 @@ __all__ = [
     "null",
     "pack_mask",
     "spearman",
+    "top_k_update",
     "unpack_mask",
 ]
 
@@ -298,3 +299,35 @@ def _loss(z: Tensor, labels: Tensor | None, task: str) -> Tensor:
     index = torch.where(valid, labels, 0).expand(z.shape[:-1]).unsqueeze(-1)
     loss = -functional.log_softmax(z, -1).gather(-1, index).squeeze(-1)
     return torch.where(valid, loss, torch.nan)
+
+
+def top_k_update(
+    values: Tensor,  # fp32 [k]
+    ids: Tensor,  # int64 [k]
+    scores: Tensor,  # fp32 [L, n]
+    new_ids: Tensor | None,  # int64 [n]
+    first_id: int,
+) -> tuple[Tensor, Tensor]:  # fp32 [k], int64 [k]
+    """The next state of `csrc/include/fastpie/top_k.h`: the first k of all, old and new."""
+    k = len(values)
+    mean, new_ids = samples_of(scores, new_ids, first_id)
+    enters = mean > -torch.inf
+    values = torch.cat([values, torch.where(enters, mean, -torch.inf)])
+    ids = torch.cat([ids, torch.where(enters, new_ids, -1)])
+    by_id = ids.argsort(stable=True)
+    order = by_id[values[by_id].argsort(descending=True, stable=True)][:k]
+    return values[order], ids[order]
+
+
+def samples_of(
+    scores: Tensor,  # fp32 [L, n]
+    new_ids: Tensor | None,  # int64 [n]
+    first_id: int,
+) -> tuple[Tensor, Tensor]:  # fp32 [n], int64 [n]
+    """Mean over the levels, as the table of `fastpie.mine` has it, and the id of each sample."""
+    total = torch.zeros(scores.shape[1:], dtype=torch.float64, device=scores.device)
+    for level in scores:
+        total = total + level.double()
+    if new_ids is None:
+        new_ids = first_id + torch.arange(scores.shape[1], device=scores.device)
+    return (total / scores.shape[0]).float(), new_ids

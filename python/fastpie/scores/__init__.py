@@ -2,5 +2,6 @@
 
 from fastpie.scores.disagreement import disagreement
 from fastpie.scores.pie import exemplars
+from fastpie.scores.top_k import RunningTopK
 
-__all__ = ["disagreement", "exemplars"]
+__all__ = ["RunningTopK", "disagreement", "exemplars"]
