@@ -52,6 +52,13 @@ def _cuda(
     _native.call(_C.top_k_update_cuda, *arguments, _native.cuda_stream(values))
 
 
+def _emulated(
+    values: Tensor, ids: Tensor, scores: Tensor, new_ids: Tensor | None, first_id: int
+) -> None:
+    arguments, _alive = native_arguments(values, ids, scores, new_ids, first_id)
+    _native.call(_C.top_k_update_cuda, *arguments, 0)
+
+
 def _triton(
     values: Tensor, ids: Tensor, scores: Tensor, new_ids: Tensor | None, first_id: int
 ) -> None:
@@ -63,6 +70,9 @@ def _triton(
     params=[
         pytest.param(Implementation(ops.top_k_update, "cpu"), id="cpu"),
         pytest.param(Implementation(_twin, "cpu"), id="twin"),
+        pytest.param(
+            Implementation(_emulated, "cpu"), id="emulated", marks=pytest.mark.cuda_emulated
+        ),
         pytest.param(Implementation(_cuda, "cuda"), id="cuda", marks=on_a_gpu),
         pytest.param(Implementation(_triton, "cuda"), id="triton", marks=on_a_gpu),
     ]
@@ -141,6 +151,15 @@ def test_nothing_to_take_in(implementation: Implementation, shape: tuple[int, in
     update(values, ids, torch.ones(1, 2, device=device), None, 5)
     update(values, ids, torch.empty(shape, device=device), None, 0)
     assert_state(values, ids, (torch.tensor([1, 1, -torch.inf]), torch.tensor([5, 6, -1])))
+
+
+@pytest.mark.cuda_emulated
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("k", [3, 1500])
+def test_order_of_threads_does_not_show(k: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTPIE_EMULATOR_SEED", str(seed))
+    for kind in ("ties", "special"):
+        check_stream(_emulated, k, scores_of(kind, 1, 3000), ids_of("repeated", 3000), [30, 1055])
 
 
 @pytest.mark.cuda
