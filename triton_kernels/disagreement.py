@@ -177,26 +177,28 @@ def _supervise_multilabel(lowest, highest, positives, negatives, loss):
 
 
 @triton.jit
-def _supervise_multiclass(
-    logits,
-    row_offsets,
-    row_inside,
-    label,
-    classes,
-    top,
-    top_class,
-    second,
-    log_sum,
+def _supervise(
+    logits, offsets, labels, row, row_inside, classes, extremes, log_sum, HAS_LABELS: tl.constexpr
 ):
-    """Margin and loss of a row's label; NaN where it is outside [0, classes), and not read there."""
-    valid = row_inside & (label >= 0) & (label < classes)
-    index = tl.where(valid, label, 0)
-    of_label = tl.load(logits + row_offsets + index, mask=valid, other=0.0)
-    of_label = of_label.to(tl.float32).to(tl.float64)
-    best_other = tl.where(label == top_class, second, top).to(tl.float64)
-    loss = (top.to(tl.float64) - of_label) + log_sum.to(tl.float64)
+    """Margin and loss of a row without targets: of its label or, without labels, of the top class.
+
+    NaN where the label is outside [0, classes), and nothing is read there.
+    """
+    top, top_class, second = extremes
     nan = float("nan")
-    return tl.where(valid, of_label - best_other, nan), tl.where(valid, loss, nan)
+    if HAS_LABELS:
+        label = tl.load(labels + row, mask=row_inside, other=-1)
+        valid = row_inside & (label >= 0) & (label < classes)
+        index = tl.where(valid, label, 0)
+        of_label = tl.load(logits + offsets + index, mask=valid, other=0.0)
+        of_label = of_label.to(tl.float32).to(tl.float64)
+        best_other = tl.where(label == top_class, second, top).to(tl.float64)
+        margin = tl.where(valid, of_label - best_other, nan)
+        loss = tl.where(valid, (top.to(tl.float64) - of_label) + log_sum.to(tl.float64), nan)
+    else:
+        margin = top.to(tl.float64) - second.to(tl.float64)
+        loss = tl.full(margin.shape, nan, tl.float64)
+    return margin, loss
 
 
 # ------------------------------------------------------------------------------ both models
@@ -293,6 +295,28 @@ def _multiclass(z, y, top_z, rest_z, log_sum_z, top_y, rest_y, log_sum_y):
 
 
 @triton.jit
+def _compare(z, y, inside, of_z, of_y, MULTILABEL: tl.constexpr):
+    """Sums over the classes of js, kl, kl_reverse and drift^2, and any crossing of 1/2.
+
+    `of_z` and `of_y` hold top, rest, log_sum and direction of their rows.
+    """
+    top_z, rest_z, log_sum_z, direction_z = of_z
+    top_y, rest_y, log_sum_y, direction_y = of_y
+    if MULTILABEL:
+        js, kl, kl_reverse = _multilabel(z, y)
+    else:
+        js, kl, kl_reverse = _multiclass(z, y, top_z, rest_z, log_sum_z, top_y, rest_y, log_sum_y)
+    difference = tl.where(inside, direction_z - direction_y, 0.0)
+    return (
+        tl.sum(tl.where(inside, js, 0.0), 1),
+        tl.sum(tl.where(inside, kl, 0.0), 1),
+        tl.sum(tl.where(inside, kl_reverse, 0.0), 1),
+        tl.sum(difference * difference, 1),
+        tl.max((inside & ((z > 0.0) != (y > 0.0))).to(tl.int32), 1),
+    )
+
+
+@triton.jit
 def _put(out, score: tl.constexpr, step, row_inside, bad, value):
     value = tl.where(bad, float("nan"), value.to(tl.float32))
     tl.store(out + score * step, value, mask=row_inside)
@@ -377,19 +401,16 @@ def _prepare_tile(
             z, labels, row[:, None] * classes + c, inside
         )
         margin, loss = _supervise_multilabel(lowest, highest, positives, negatives, sum_loss)
-    elif HAS_LABELS:
-        label = tl.load(labels + row, mask=row_inside, other=-1)
-        margin, loss = _supervise_multiclass(
-            logits, row_offsets, row_inside, label, classes, top, top_class, second, log_sum
-        )
     else:
-        margin = top.to(tl.float64) - second.to(tl.float64)
-        loss = tl.full(margin.shape, float("nan"), tl.float64)
+        extremes = (top, top_class, second)
+        margin, loss = _supervise(
+            logits, row_offsets, labels, row, row_inside, classes, extremes, log_sum, HAS_LABELS
+        )
     rank = _count_ranks(logits, row_offsets, z, inside, row_inside, classes)
     # A quotient, which no compiler contracts with the difference taken of it: equal rows must give
     # a drift of exactly zero.
     direction = (z * scale[:, None]) / _norm(square, scale)[:, None]
-    return z, inside, bad, top, top_class, rest, log_sum, margin, loss, rank, direction
+    return z, inside, bad, top_class, margin, loss, rank, (top, rest, log_sum, direction)
 
 
 @triton.jit(do_not_specialize=_PER_BATCH)
@@ -413,53 +434,35 @@ def tile_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_inside = row < rows
     c = tl.arange(0, BLOCK)[None, :]
-    z, inside, bad_z, top_z, class_z, rest_z, log_sum_z, margin_z, loss_z, rank_z, direction_z = (
-        _prepare_tile(
-            dense,
-            row * dense_row_stride,
-            labels,
-            row,
-            row_inside,
-            c,
-            classes,
-            MULTILABEL,
-            HAS_LABELS,
-        )
+    z, inside, bad_z, class_z, margin_z, loss_z, rank_z, of_z = _prepare_tile(
+        dense, row * dense_row_stride, labels, row, row_inside, c, classes, MULTILABEL, HAS_LABELS
     )
     square_z = tl.sum(rank_z * rank_z, 1)
     step = levels.to(tl.int64) * rows
     offsets = row * pruned_row_stride
     out += row
     for _level in range(levels):
-        y, _, bad_y, top_y, class_y, rest_y, log_sum_y, margin_y, loss_y, rank_y, direction_y = (
-            _prepare_tile(
-                pruned, offsets, labels, row, row_inside, c, classes, MULTILABEL, HAS_LABELS
-            )
+        y, _, bad_y, class_y, margin_y, loss_y, rank_y, of_y = _prepare_tile(
+            pruned, offsets, labels, row, row_inside, c, classes, MULTILABEL, HAS_LABELS
         )
-        if MULTILABEL:
-            js, kl, kl_reverse = _multilabel(z, y)
-            flip = tl.max((inside & ((z > 0.0) != (y > 0.0))).to(tl.int32), 1)
-        else:
-            js, kl, kl_reverse = _multiclass(
-                z, y, top_z, rest_z, log_sum_z, top_y, rest_y, log_sum_y
-            )
+        js, kl, kl_reverse, drift, flip = _compare(z, y, inside, of_z, of_y, MULTILABEL)
+        if not MULTILABEL:
             flip = (class_z != class_y).to(tl.int32)
-        difference = tl.where(inside, direction_z - direction_y, 0.0)
         _emit(
             out,
             step,
             row_inside,
             (bad_z | bad_y) != 0,
-            tl.sum(tl.where(inside, js, 0.0), 1),
-            tl.sum(tl.where(inside, kl, 0.0), 1),
-            tl.sum(tl.where(inside, kl_reverse, 0.0), 1),
+            js,
+            kl,
+            kl_reverse,
             tl.sum(rank_z * rank_y, 1),
             square_z,
             tl.sum(rank_y * rank_y, 1),
             flip,
             margin_z,
             margin_y,
-            tl.sum(difference * difference, 1),
+            drift,
             loss_z,
             loss_y,
             classes,
@@ -527,14 +530,11 @@ def _prepare_row(
     log_sum = _log1p(rest)
     if MULTILABEL and HAS_LABELS:
         margin, loss = _supervise_multilabel(lowest, highest, positives, negatives, sum_loss)
-    elif HAS_LABELS:
-        label = tl.load(labels + row)
-        margin, loss = _supervise_multiclass(
-            logits, row_offsets, row_inside, label, classes, top, top_class, second, log_sum
-        )
     else:
-        margin = top.to(tl.float64) - second.to(tl.float64)
-        loss = tl.full(margin.shape, float("nan"), tl.float64)
+        extremes = (top, top_class, second)
+        margin, loss = _supervise(
+            logits, row_offsets, labels, row, row_inside, classes, extremes, log_sum, HAS_LABELS
+        )
     if not MULTILABEL:
         bad = bad | (top == -float("inf")).to(tl.int32)
     return bad, top, top_class, rest, log_sum, scale, _norm(square, scale), margin, loss
@@ -581,20 +581,16 @@ def chunk_kernel(
         inside = c < classes
         z, _ = _load(dense, offsets_z[:, None] + c, inside)
         y, _ = _load(pruned, offsets_y[:, None] + c, inside)
-        if MULTILABEL:
-            here_js, here_kl, here_kl_reverse = _multilabel(z, y)
-            flip = flip | tl.max((inside & ((z > 0.0) != (y > 0.0))).to(tl.int32), 1)
-        else:
-            here_js, here_kl, here_kl_reverse = _multiclass(
-                z, y, top_z, rest_z, log_sum_z, top_y, rest_y, log_sum_y
-            )
-        js += tl.sum(tl.where(inside, here_js, 0.0), 1)
-        kl += tl.sum(tl.where(inside, here_kl, 0.0), 1)
-        kl_reverse += tl.sum(tl.where(inside, here_kl_reverse, 0.0), 1)
-        direction_z = (z * scale_z[:, None]) / norm_z[:, None]
-        direction_y = (y * scale_y[:, None]) / norm_y[:, None]
-        difference = tl.where(inside, direction_z - direction_y, 0.0)
-        drift += tl.sum(difference * difference, 1)
+        of_z = (top_z, rest_z, log_sum_z, (z * scale_z[:, None]) / norm_z[:, None])
+        of_y = (top_y, rest_y, log_sum_y, (y * scale_y[:, None]) / norm_y[:, None])
+        here_js, here_kl, here_kl_reverse, here_drift, crosses = _compare(
+            z, y, inside, of_z, of_y, MULTILABEL
+        )
+        js += here_js
+        kl += here_kl
+        kl_reverse += here_kl_reverse
+        drift += here_drift
+        flip = flip | crosses
         rank_z = _count_ranks(dense, offsets_z, z, inside, row_inside, classes)
         rank_y = _count_ranks(pruned, offsets_y, y, inside, row_inside, classes)
         product += tl.sum(rank_z * rank_y, 1)
