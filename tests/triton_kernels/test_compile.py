@@ -27,6 +27,7 @@ pytestmark = pytest.mark.triton_compile
 # The functions of the package hide the modules of the same name.
 kernels = importlib.import_module("fastpie.triton_kernels.disagreement")
 null = importlib.import_module("fastpie.triton_kernels.null")
+top_k = importlib.import_module("fastpie.triton_kernels.top_k")
 
 
 def _compile(kernel: Any, arguments: dict[str, str], constants: dict[str, Any]) -> Any:
@@ -90,3 +91,26 @@ def test_what_changes_with_the_batch_is_not_specialised() -> None:
     for kernel in (kernels.tile_kernel, kernels.chunk_kernel):
         free = {p.name for p in kernel.params if p.do_not_specialize}
         assert free == {"levels", "rows", "pruned_level_stride"}
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+@pytest.mark.parametrize("k", [1, 100, 4096])
+def test_top_k_compiles(k: int, with_ids: bool, tmp_path: Path) -> None:
+    arguments = {"values": "*fp32", "ids": "*i64", "scores": "*fp32", "new_ids": "*i64"}
+    arguments |= {"first_id": "i64", "k": "i32", "levels": "i32", "count": "i32"}
+    arguments |= {"level_stride": "i32"}
+    constants = {"HAS_IDS": with_ids} | top_k.launch_options(k)
+    compiled = _compile(top_k.top_k_update_kernel, arguments, constants)
+    resources = _resources(compiled.asm["cubin"], tmp_path)
+    assert resources["STACK"] == resources["LOCAL"] == 0
+    # Between a tile of the state that is read and its being written lies a barrier, and another
+    # one behind the batch: without shared memory in between, only these order the threads.
+    moves = compiled.asm["ttgir"].split("scf.for %tile")[1]
+    order = re.findall(r"tt\.load|tt\.store|\bbarrier\b", moves)
+    read, written, barrier = ["tt.load"] * 2, ["tt.store"] * 2, ["barrier"]
+    assert order == [*read, *barrier, *written, *written, *barrier]
+
+
+def test_no_batch_compiles_the_top_k_again() -> None:
+    free = {p.name for p in top_k.top_k_update_kernel.params if p.do_not_specialize}
+    assert free == {"first_id", "k", "levels", "count", "level_stride"}

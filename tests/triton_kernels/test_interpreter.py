@@ -19,6 +19,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+import top_k_cases
 from disagreement_cases import KINDS, assert_close_to_twin, labels_of, logits
 from fastpie import triton_kernels
 
@@ -139,3 +140,25 @@ def test_null(shape: tuple[int, ...]) -> None:
     output = triton_kernels.null(input)
     assert output.data_ptr() != input.data_ptr() or input.numel() == 0
     torch.testing.assert_close(output, input, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", top_k_cases.KINDS)
+@pytest.mark.parametrize("k", [1, 70, 600])
+def test_top_k_of_a_stream(k: int, kind: str) -> None:
+    scores = top_k_cases.scores_of(kind, 1, 700)
+    top_k_cases.check_stream(triton_kernels.top_k_update, k, scores, None, [100, 228, 300])
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "repeated", "extreme"])
+@pytest.mark.parametrize("k", [40, 4096])
+def test_top_k_of_many_ids(k: int, kind: str) -> None:
+    scores, ids = top_k_cases.scores_of("ties", 3, 300), top_k_cases.ids_of(kind, 300)
+    top_k_cases.check_stream(triton_kernels.top_k_update, k, scores, ids, [130])
+
+
+@pytest.mark.parametrize("n", [0, 1, 129])
+@pytest.mark.parametrize("k", [1, 65, 1000])
+def test_top_k_against_the_twin(k: int, n: int) -> None:
+    for kind in ("ties", "special"):
+        spaced = torch.empty(2, 2 * n)[:, ::2].copy_(top_k_cases.scores_of(kind, 2, n))
+        top_k_cases.check_against_twin(triton_kernels.top_k_update, k, spaced, None)
