@@ -19,6 +19,7 @@ KINDS = [
     "largest",
     "special",
     "-inf",
+    "far from -inf",
 ]
 
 
@@ -52,7 +53,9 @@ def logits(
         for logits in (dense, pruned):
             hit = torch.rand(logits.shape) < 0.5 / classes
             logits[hit] = values[torch.randint(0, 3, (int(hit.sum()),))]
-    elif kind == "-inf":
+    elif kind in ("-inf", "far from -inf"):
+        if kind != "-inf":  # shares of the probability that are zero in fp32 or in fp64
+            dense, pruned = 300 * dense, 300 * pruned
         for logits in (dense, pruned):
             logits[torch.rand(logits.shape) < 0.3] = -torch.inf
     return dense.to(dtype), pruned.to(dtype)

@@ -36,7 +36,6 @@ _NEAR = tl.constexpr(0.5)
 _TINY = tl.constexpr(1e-37)
 _KL_UNIT = tl.constexpr(65536.0)
 _PER_KL_UNIT = tl.constexpr(1.0 / 65536.0)
-_QUARTER_LOG_TINY = tl.constexpr(-186.28)
 
 
 # ------------------------------------------------------------------------------ functions of fp32
@@ -209,7 +208,7 @@ def _one_way(p, q, p4, q4, x4):
     """Term p * (e^x - 1 - x) for x = log(q / p) that is not small."""
     difference = _PER_KL_UNIT * (q - p)
     finite = tl.where(p > 0.0, difference - 4.0 * _PER_KL_UNIT * p * x4, difference)
-    infinite = tl.where(p4 > _QUARTER_LOG_TINY, float("inf"), difference)
+    infinite = tl.where(p4 > -float("inf"), float("inf"), difference)
     return tl.where(q4 == -float("inf"), infinite, finite)
 
 

@@ -231,8 +231,14 @@ struct Divergence {
     const Vec more_term =
         select(more > 0.0, more * vlog(select(more > 0.0, more, splat(1.0))), Vec{});
     js += m * select(t2 < 1e-4, series, 0.5 * (less_term + more_term));
-    kl += select(p > 0.0, p * (log_p - log_q), Vec{});
-    kl_reverse += select(q > 0.0, q * (log_q - log_p), Vec{});
+    kl += one_way(p, log_p, log_q);
+    kl_reverse += one_way(q, log_q, log_p);
+  }
+
+  // Infinity is infinity however small its share, also where that is zero in fp64.
+  static inline Vec one_way(Vec p, Vec log_p, Vec log_q) {
+    const Mask infinite = (log_q == -kInf) & (log_p > -kInf);
+    return select(infinite, splat(kInf), select(p > 0.0, p * (log_p - log_q), Vec{}));
   }
 };
 

@@ -245,8 +245,6 @@ constexpr float kKlUnit = 65536.0f;
 constexpr float kPerKlUnit = 1.0f / kKlUnit;
 // Shares of the probability below this count nothing; reciprocals of smaller ones overflow.
 constexpr float kTiny = 1e-37f;
-// A quarter of the log of the smallest positive double: where fp64 probabilities become zero.
-constexpr float kQuarterLogTiny = -186.28f;
 
 // Divergences of p and q, one outcome at a time. To each KL term q - p is added, whose sum is zero:
 // every term p * (e^x - 1 - x), x = log(q / p), is then non-negative, equal rows give exactly zero,
@@ -293,8 +291,8 @@ struct Divergence {
   __device__ static __forceinline__ float add_one_way(float p, float q, float p4, float q4,
                                                       float x4) {
     const float difference = kPerKlUnit * (q - p);
-    // Infinity is infinity however small its share, also where p is zero in fp32 but not in fp64.
-    if (q4 == -INFINITY) return p4 > kQuarterLogTiny ? INFINITY : difference;
+    // Infinity is infinity however small its share, also where p is zero in fp32.
+    if (q4 == -INFINITY) return p4 > -INFINITY ? INFINITY : difference;
     return p > 0.0f ? difference - 4.0f * kPerKlUnit * p * x4 : difference;
   }
 };

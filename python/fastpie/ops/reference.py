@@ -239,7 +239,9 @@ def _divergences(
     m = (p + q) / 2
 
     def relative(a: Tensor, log_ratio: Tensor) -> Tensor:
-        return (a * torch.where(a > 0, log_ratio, 0.0)).sum(-1)
+        # However small a share is, also where it is zero in fp64, infinity is infinity.
+        term = a * torch.where(a > 0, log_ratio, 0.0)
+        return torch.where(log_ratio == torch.inf, torch.inf, term).sum(-1)
 
     # p / m and not log p - log m: the ratio of equal numbers is exactly 1.
     ratio_p, ratio_q = (torch.where(a > 0, a / m.clamp(min=1e-300), 1.0) for a in (p, q))
