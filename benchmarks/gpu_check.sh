@@ -87,6 +87,11 @@ for shape in ((2, 3, 5, 7), (2, 3, 8, 8)):  # single elements, and vectors
         images = torch.randint(0, 256, shape, device="cuda", dtype=torch.uint8)
         ops.normalize_uint8(images, *torch.rand(2, 3, device="cuda"), dtype)
         ops.normalize_uint8(images, *torch.rand(2, 3, device="cuda"), dtype, 8)
+for k in (1, 100, 4096):
+    values = torch.full((k,), -torch.inf, device="cuda")
+    ids = torch.full((k,), -1, device="cuda")
+    for count in (3, 5000):
+        ops.top_k_update(values, ids, torch.randn(2, count, device="cuda"))
 torch.cuda.synchronize()
 print("launched")
 PYTHON_CODE
@@ -125,6 +130,7 @@ bench() {
 # The short ones first; the table of the last is what the end of the output shows.
 bench agreement 60 benchmarks.gpu_agreement
 bench disagreement 40 benchmarks.bench_disagreement_gpu
+bench top-k 20 benchmarks.bench_top_k_gpu
 bench dual-forward 90 benchmarks.bench_dual_gpu --batches 256 --providers fastpie own-dense eager
 # torch.compile(max-autotune) may take minutes; the engine's choices are remembered by now.
 bench dual-forward-compile 120 benchmarks.bench_dual_gpu --batches 256
