@@ -85,12 +85,12 @@ def implementation(request: pytest.FixtureRequest) -> Implementation:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("k", [1, 10, 1000, 4096])
+@pytest.mark.parametrize("k", [1, 10, 4096])
 def test_a_stream_leaves_what_one_sort_of_it_gives(
     implementation: Implementation, k: int, kind: str
 ) -> None:
     update, device = implementation
-    for n, cuts in ((7, [3]), (300, []), (6000, [64, 128, 129, 2500])):
+    for n, cuts in ((7, [3]), (300, []), (5000, [64, 128, 129, 2500])):
         check_stream(update, k, scores_of(kind, 1, n), None, cuts, device)
 
 
@@ -115,11 +115,13 @@ def test_the_mean_over_the_levels_counts(
     check_stream(update, 50, spaced, None, [300], device)
 
 
-@pytest.mark.parametrize("k", [1, 5, 333, 4096])
+@pytest.mark.parametrize("k", [1, 333, 4096])
 def test_batch_against_the_twin(implementation: Implementation, k: int) -> None:
     update, device = implementation
+    if update is _twin:
+        pytest.skip("this is the twin")
     for kind in KINDS:
-        for n in (1, 1024, 4500):
+        for n in (1, 4500):
             check_against_twin(update, k, scores_of(kind, 2, n), ids_of("repeated", n), device)
 
 
@@ -209,7 +211,7 @@ def test_operator_compiles_into_one_graph() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
 @pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-@pytest.mark.parametrize("score", [None, "kl", "flip", "damage"])
+@pytest.mark.parametrize("score", [None, "flip", "damage"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_scores_a_batch_and_takes_it_in(
     dtype: torch.dtype, score: str | None, task: str, device: str
