@@ -34,7 +34,7 @@ class FakeDevice:
         self.launches: list[Launch] = []
         self.graphs = self.replays = 0
         self.entered = self.left = 0
-        self._stream = 0
+        self._stream: int | None = None  # that of the engine's block, if any
         self._begin()
 
     def _begin(self) -> None:
@@ -57,9 +57,11 @@ class FakeDevice:
         assert isinstance(tensor, Tensor)
 
     def enter(self) -> None:
+        assert self._stream is None  # the caller's stream is the current one
         self.entered += 1
 
     def leave(self, tensors: list[Tensor]) -> None:
+        assert self._stream is None
         self.left += 1
 
     def launched(self, launch: Launch) -> None:
@@ -77,19 +79,22 @@ class FakeDevice:
         self.launches.append(launch)
 
     def seconds(self, call: Callable[[], Any]) -> float:
+        assert self._stream == 0  # what `call` reads was made on this stream
         call()
         return 1e-3
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         self.graphs += 1
         self._begin()
-        call()
+        with self.stream(0):
+            call()
         names = [launch.step for launch in self.launches]
 
         def replay() -> None:
             self.replays += 1
             self._begin()
-            call()
+            with self.stream(0):
+                call()
             assert [launch.step for launch in self.launches] == names
             # The main stream has waited for everything: what comes after may read it.
             assert self._clock[0][1] == self._clock[1][1]

@@ -308,12 +308,13 @@ def test_a_nan_stays_with_its_image(form: str) -> None:
 
 def test_outputs_are_fresh(gpu: FakeDevice) -> None:
     _, engine = compiled(RESIDUAL, 0.5)
+    entered, left = gpu.entered, gpu.left
     first = engine(*RESIDUAL.inputs(5))
     kept = first.dense.clone(), first.pruned.clone()
     engine(RESIDUAL.inputs(5)[0] + 1)
     assert torch.equal(first.dense, kept[0])
     assert torch.equal(first.pruned, kept[1])
-    assert gpu.entered == gpu.left > 0
+    assert (gpu.entered, gpu.left) == (entered + 2, left + 2)
 
 
 class _NoWaiting(TorchDispatchMode):

@@ -229,18 +229,19 @@ class GpuLowered:
             if structure is not None
             for name in structure.tensors()
         }
-        self._kernels = Kernels(
-            program, states, self._device, self._families, self._tuner, self._batch, self._dtype,
-            allow_tf32=self._allow_tf32,
-        )  # fmt: skip
-        self._input = [self._static_input(value) for value in program.inputs]
-        with self._issuing():
+        self._device.enter()
+        with self._issuing(), self._device.stream(0):
+            self._input = [self._static_input(value) for value in program.inputs]
+            self._kernels = Kernels(
+                program, states, self._device, self._families, self._tuner, self._batch,
+                self._dtype, allow_tf32=self._allow_tf32,
+            )  # fmt: skip
             if known is not None and self._fits(known):
                 plans = [known]
             else:
                 plans = plans_of(program, self._owners, self._kernels, self._device, self._batch)
             self._plan = self._fastest(plans)
-        self._compile(self._plan)
+            self._compile(self._plan)
 
     def _issuing(self) -> Any:
         return fp32_convolutions(allow_tf32=self._allow_tf32)
@@ -400,35 +401,51 @@ class GpuLowered:
         batched = [None in meta[value].shape[:1] for value in self.program.inputs]
         images = next(len(x) for x, is_batched in zip(inputs, batched, strict=True) if is_batched)
         as_one = images == self._batch or self.images_apart
-        with self._lock, self._device.stream(0):
+        with self._lock:
             self._device.enter()
-            rows = [x.detach() for x in inputs]
-            if as_one:
-                for static, x, is_batched in zip(self._input, rows, batched, strict=True):
-                    (static[:images] if is_batched else static).copy_(x, non_blocking=True)
-                self._graph()
-                results = self._results
-            else:
-                given = [
-                    channels_last(x.to(static.dtype))
-                    for x, static in zip(rows, self._input, strict=True)
-                ]
-                if images == 0:  # run one image and hand out none of it
-                    given = [
-                        x.new_zeros((1, *x.shape[1:])) if is_batched else x
-                        for x, is_batched in zip(given, batched, strict=True)
-                    ]
-                results = self._execute(given, max(images, 1))
-            broken = self._broken(rows, batched) if self.images_apart else None
-            outputs = [self._outputs(results, m, images, broken) for m in range(len(self._states))]
+            with self._device.stream(0):
+                broken = None
+                if as_one:
+                    results = self._replay(inputs, batched, images)
+                    if self.images_apart:
+                        broken = self._broken(batched, images)
+                else:
+                    results = self._issue_apart(inputs, batched, images)
+                models = range(len(self._states))
+                outputs = [self._outputs(results, m, images, broken) for m in models]
             self._device.leave(_tensors(outputs))
         return outputs
 
-    def _broken(self, inputs: Sequence[Tensor], batched: Sequence[bool]) -> Tensor | None:
+    def _replay(
+        self, inputs: Sequence[Tensor], batched: Sequence[bool], images: int
+    ) -> Mapping[Key, Any]:
+        """The graph on the inputs, and on what lies behind them in a smaller batch."""
+        for static, x, is_batched in zip(self._input, inputs, batched, strict=True):
+            (static[:images] if is_batched else static).copy_(x.detach(), non_blocking=True)
+        self._graph()
+        return self._results
+
+    def _issue_apart(
+        self, inputs: Sequence[Tensor], batched: Sequence[bool], images: int
+    ) -> Mapping[Key, Any]:
+        """Launch by launch on just the inputs; on one image of zeros where there are none."""
+        given = [
+            channels_last(x.detach().to(static.device, static.dtype, non_blocking=True))
+            for x, static in zip(inputs, self._input, strict=True)
+        ]
+        if images == 0:
+            given = [
+                x.new_zeros((1, *x.shape[1:])) if is_batched else x
+                for x, is_batched in zip(given, batched, strict=True)
+            ]
+        return self._execute(given, max(images, 1))
+
+    def _broken(self, batched: Sequence[bool], images: int) -> Tensor | None:
         """Which images have a NaN; fused activations of libraries make a number of it."""
         found = None
-        for x, is_batched in zip(inputs, batched, strict=True):
-            if is_batched and x.is_floating_point():
+        for static, is_batched in zip(self._input, batched, strict=True):
+            if is_batched and static.is_floating_point():
+                x = static[:images]
                 nan = x.isnan().flatten(1).any(1) if x.ndim > 1 else x.isnan()
                 found = nan if found is None else found | nan
         return found
@@ -464,13 +481,14 @@ class GpuLowered:
 
     def report(self, args: tuple[Any, ...], names: Sequence[str]) -> list[dict[str, Any]]:
         """Share out the time of the graph to its launches; see DualEngine.report."""
-        with self._lock, self._device.stream(0):
+        seconds: dict[int, float] = {}
+        with self._lock:
             self._device.enter()
-            for static, x in zip(self._input, self.program.flatten(args), strict=True):
-                static.copy_(x.detach())
-            whole = self._device.seconds(self._graph)
-            seconds: dict[int, float] = {}
-            self._execute(self._input, self._batch, seconds)
+            with self._device.stream(0):
+                for static, x in zip(self._input, self.program.flatten(args), strict=True):
+                    static.copy_(x.detach())
+                whole = self._device.seconds(self._graph)
+                self._execute(self._input, self._batch, seconds)
         total = sum(seconds.values())
         over = {
             (self.program.steps[i].result, group.models[0]): group.over
