@@ -36,6 +36,7 @@ __all__ = [
     "dot_kernel",
     "expand",
     "keep",
+    "load",
     "pack_mask_kernel",
     "position",
 ]
@@ -126,7 +127,7 @@ def keep(weight, bits):
 
 
 @triton.jit
-def _load(pointers, mask):
+def load(pointers, mask):
     """What is there, 0 where the mask is false; None: everything is there."""
     return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0)
 
@@ -468,21 +469,21 @@ def dot_kernel(
         else:
             of_weight = of_step[None, :]
             of_word = of_word[None, :]
-        a0 = _load(input0 + input_from + in_tile, valid)
+        a0 = load(input0 + input_from + in_tile, valid)
         a1 = a0
         if DUAL and not SHARED_INPUT:
-            a1 = _load(input1 + input_from + in_tile, valid)
-        b = _load(weight + from_weight + weight_tile, of_weight)
+            a1 = load(input1 + input_from + in_tile, valid)
+        b = load(weight + from_weight + weight_tile, of_weight)
         b0 = b
         b1 = b
         if HAS_MASK0:
-            words0 = _load(mask0 + from_word + word_tile, of_word)
+            words0 = load(mask0 + from_word + word_tile, of_word)
             if FORM == GATHER:
                 b0 = keep(b, (words0 >> (c % 32)[None, :]) & 1)
             else:
                 b0 = keep(b, expand(words0, FILTERS, CHANNELS))
         if DUAL and HAS_MASK1:
-            words1 = _load(mask1 + from_word + word_tile, of_word)
+            words1 = load(mask1 + from_word + word_tile, of_word)
             if FORM == GATHER:
                 b1 = keep(b, (words1 >> (c % 32)[None, :]) & 1)
             else:
