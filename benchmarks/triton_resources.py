@@ -11,7 +11,6 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from triton.compiler import ASTSource
 
 # The functions of the package hide the modules of the same name.
 masked_conv = importlib.import_module("fastpie.triton_kernels.masked_conv")
+backward = importlib.import_module("fastpie.triton_kernels.masked_conv_backward")
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -51,9 +51,7 @@ def compile_launch(launch: Any, capability: int = 90) -> Any:
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     constants = dict(launch.constants)
-    for i, (name, value) in enumerate(
-        zip(launch.kernel.arg_names, launch.arguments, strict=False)
-    ):
+    for i, (name, value) in enumerate(zip(launch.kernel.arg_names, launch.arguments, strict=False)):
         if launch.kernel.params[i].is_constexpr:
             constants[name] = value
         elif isinstance(value, Tensor):
@@ -110,7 +108,9 @@ def _widths(names: list[str], instruction: str) -> dict[int, int]:
     for name in names:
         head, *modifiers = name.split(".")
         if head == instruction:
-            bits = [int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US]?(8|16|64|128)", m)]
+            bits = [
+                int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US]?(8|16|64|128)", m)
+            ]
             widths[(bits[0] if bits else 32) // 8] += 1
     return dict(sorted(widths.items(), reverse=True))
 
@@ -171,4 +171,36 @@ def example(
         (activation, 0.0),
         config,
         allow_tf32,
+    )
+
+
+def example_gradients(
+    channels: int,  # of one group
+    filters: int,  # of one group
+    kernel: tuple[int, ...] = (1, 1),
+    stride: int = 1,
+    *,
+    input_config: Any = None,
+    weight_config: Any = None,
+    dtype: torch.dtype = torch.bfloat16,
+    shared_input: bool = False,
+    size: int = 28,
+) -> tuple[Any, Any]:
+    """The launches of both gradients of a layer, of two models, on meta tensors."""
+    rank = len(kernel)
+
+    def nhwc(count: int, side: int) -> Tensor:
+        x = torch.empty((16, *[side] * rank, count), dtype=dtype, device="meta")
+        return x.movedim(-1, 1)
+
+    taps = torch.Size(kernel).numel()
+    inputs = [nhwc(channels, size)] * 2 if shared_input else [nhwc(channels, size) for _ in "12"]
+    gradients = [nhwc(filters, size // stride) for _ in "12"]
+    weight = torch.empty(filters, *kernel, channels, dtype=dtype, device="meta")
+    words = torch.empty(filters, taps, (channels + 31) // 32, dtype=torch.int32, device="meta")
+    window: tuple[Any, ...] = ([stride] * rank, [k // 2 for k in kernel], [1] * rank, 1)
+    masks = [None, words]
+    return (
+        backward.plan_input_gradient(gradients, weight, masks, inputs, *window, input_config),
+        backward.plan_weight_gradient(gradients, inputs, masks, kernel, *window, weight_config),
     )

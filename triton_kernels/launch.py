@@ -84,5 +84,6 @@ def run(launch: Launch, wrap: Callable[[Any], Any] = plain) -> None:
         # wanted it is written. A wrapped kernel takes no such option.
         options["enable_fp_fusion"] = False
     device = launch.arguments[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    here = device.type == "cuda" and isinstance(kernel, JIT)
+    with torch.cuda.device(device) if here else contextlib.nullcontext():
         kernel[(launch.grid,)](*launch.arguments, **launch.constants, **options)

@@ -46,8 +46,9 @@ def masked_conv_configs(
 ) -> list[TileConfig]:
     """The tiles that are sensible for a layer, the one to take untimed first.
 
-    What is here was compiled for sm_90 without a spill (tests/triton_kernels). Two models double the
-    sums that a program keeps: tiles of 128 x 128 are for one model alone.
+    What is here compiles for sm_90 without a spill (tests/triton_kernels). Two models double the
+    sums that a program keeps: a tile of 128 x 128 is for one model alone. Check a tile with
+    `check_config` on the GPU at hand before its first use.
     """
     form = _form_of(channels, groups)
     if form == "direct":
@@ -58,15 +59,11 @@ def masked_conv_configs(
     if dtype is torch.float32 and not allow_tf32:  # no tensor cores: sums and operands in registers
         return [TileConfig(64, 32, 32, 4, 2), TileConfig(32, 32, 32, 4, 2)]
     step = 32 if dtype is torch.float32 or channels <= 32 or form == "gather" else 64
-    if of_group <= 16:
-        return [TileConfig(128, 16, step), TileConfig(64, 16, step)]
     if of_group <= 32:
-        return [TileConfig(128, 32, step), TileConfig(64, 32, step, 4, 4)]
+        return [TileConfig(128, 32, step)]
     tiles = [TileConfig(128, 64, step), TileConfig(64, 64, step, 4, 4)]
-    if of_group > 64:
-        tiles.insert(1, TileConfig(64, 128, step))
-        if models == 1:
-            tiles.insert(0, TileConfig(128, 128, step))
+    if of_group > 64 and step == 64:
+        tiles.insert(1, TileConfig(64, 128, step) if models == 2 else TileConfig(128, 128, step))
     return tiles
 
 

@@ -425,8 +425,8 @@ def input_gradient_configs(
 ) -> list[TileConfig]:
     """Tiles of pixels and channels, and the filters of a step; the one to take untimed first."""
     if channels <= 32:
-        return [TileConfig(128, 64, 32), TileConfig(64, 64, 32)]
-    tiles = [TileConfig(128, 64, 64), TileConfig(64, 64, 64)]
+        return [TileConfig(128, 64, 32)]
+    tiles = [TileConfig(128, 32, 64, 4, 4), TileConfig(64, 64, 64)]
     return tiles if channels <= 64 else [*tiles, TileConfig(64, 32, 128)]
 
 
@@ -435,11 +435,11 @@ def weight_gradient_configs(
     filters: int,  # of one group
 ) -> list[TileConfig]:
     """Tiles of filters and channels, and the pixels of a step; the one to take untimed first."""
-    wide = 32 if channels <= 32 else 64
-    tiles = [TileConfig(64, 64, wide)]
-    if filters > 64:
-        tiles.append(TileConfig(64, 128, wide))
-    return tiles
+    if channels <= 32:
+        return [TileConfig(64, 64, 32)]
+    tiles = [TileConfig(64, 64, 64)]
+    # First the tile that pays least for finding its pixels again in every step.
+    return tiles if filters <= 64 else [TileConfig(64, 128, 64), *tiles]
 
 
 def _geometry(

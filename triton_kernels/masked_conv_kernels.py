@@ -142,11 +142,19 @@ def expand(words, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
 @triton.jit
 def position(pixel, depth, height, width):
     """Image and three coordinates of a pixel's number."""
-    x = pixel % width
-    rest = pixel // width
-    y = rest % height
-    rest = rest // height
-    return rest // depth, rest % depth, y, x
+    # Without a sign a division is a third shorter.
+    unsigned: tl.constexpr = tl.uint32 if pixel.dtype == tl.int32 else tl.uint64
+    pixel = pixel.to(unsigned)
+    depth = depth.to(unsigned)
+    height = height.to(unsigned)
+    width = width.to(unsigned)
+    row = pixel // width
+    plane = row // height
+    image = plane // depth
+    x = (pixel - row * width).to(tl.int32)
+    y = (row - plane * height).to(tl.int32)
+    z = (plane - image * depth).to(tl.int32)
+    return image.to(tl.int32), z, y, x
 
 
 @triton.jit

@@ -5,6 +5,7 @@ One file holds one operator: schema, implementations, fake kernel and autograd. 
 """
 
 from fastpie.ops.disagreement import disagreement
+from fastpie.ops.dual_conv import dual_conv1d, dual_conv2d, dual_conv3d, dual_linear
 from fastpie.ops.magnitude_levels import magnitude_levels
 from fastpie.ops.masked_conv import masked_conv1d, masked_conv2d, masked_conv3d, masked_linear
 from fastpie.ops.normalize_uint8 import normalize_uint8
@@ -15,6 +16,10 @@ from fastpie.ops.top_k import disagreement_top_k, top_k_update
 __all__ = [
     "disagreement",
     "disagreement_top_k",
+    "dual_conv1d",
+    "dual_conv2d",
+    "dual_conv3d",
+    "dual_linear",
     "magnitude_levels",
     "masked_conv1d",
     "masked_conv2d",
