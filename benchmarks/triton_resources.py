@@ -180,8 +180,6 @@ def example_gradients(
     kernel: tuple[int, ...] = (1, 1),
     stride: int = 1,
     *,
-    input_config: Any = None,
-    weight_config: Any = None,
     dtype: torch.dtype = torch.bfloat16,
     shared_input: bool = False,
     size: int = 28,
@@ -201,6 +199,100 @@ def example_gradients(
     window: tuple[Any, ...] = ([stride] * rank, [k // 2 for k in kernel], [1] * rank, 1)
     masks = [None, words]
     return (
-        backward.plan_input_gradient(gradients, weight, masks, inputs, *window, input_config),
-        backward.plan_weight_gradient(gradients, inputs, masks, kernel, *window, weight_config),
+        backward.plan_input_gradient(gradients, weight, masks, inputs, *window, None),
+        backward.plan_weight_gradient(gradients, inputs, masks, kernel, *window, None),
     )
+
+
+class Case(NamedTuple):
+    """One configuration, as a row of the table."""
+
+    what: str
+    config: Any
+    launch: Any
+
+
+def cases() -> list[Case]:
+    """Every configuration that the kernels offer, each on a layer that it is offered for, bf16."""
+    layers = {  # of few channels, of many, an image's, depthwise
+        "3x3": [
+            (32, 32, (3, 3), 1),
+            (32, 64, (3, 3), 1),
+            (64, 64, (3, 3), 1),
+            (256, 256, (3, 3), 1),
+        ],
+        "1x1": [(64, 32, (1, 1), 1)],
+        "image": [(3, 32, (3, 3), 1), (3, 64, (7, 7), 1)],
+        "depthwise": [(1, 96, (3, 3), 96)],
+    }
+    found: list[Case] = []
+    for what, sizes in layers.items():
+        for models in (2, 1):
+            seen = set()
+            for channels, filters, kernel, groups in sizes:
+                offered = masked_conv.masked_conv_configs(channels, filters, groups, models=models)
+                for config in offered:
+                    # What one model uses is less than what two do, but for the tiles of its own.
+                    if config in seen or (models == 1 and config.pixels * config.filters < 2**14):
+                        continue
+                    seen.add(config)
+                    layer = example(
+                        channels,
+                        filters,
+                        kernel,
+                        groups,
+                        config=config,
+                        models=models,
+                        shared_input=what == "image",
+                    )
+                    number = "both models" if models == 2 else "one model"
+                    found.append(Case(f"{what}, {number}", config, layer))
+    for channels, filters in ((32, 256), (64, 64), (256, 256)):
+        of_inputs, of_weight = example_gradients(channels, filters, (3, 3), 2)
+        if channels != 64:  # as with 256 channels
+            config = backward.input_gradient_config(channels)
+            found.append(Case("gradient of the inputs, 3x3", config, of_inputs))
+        config = backward.weight_gradient_config(channels, filters)
+        found.append(Case("gradient of the weight, 3x3", config, of_weight))
+    return found
+
+
+def bytes_of_a_step(launch: Any) -> int:
+    """Bytes that one step of the loop over a product loads from global memory, padding included."""
+    constants, names = launch.constants, launch.kernel.arg_names
+    if "CHANNELS" not in constants:
+        return 0
+    operands = dict(zip(names, launch.arguments, strict=False))
+    pixels, filters, channels = (constants[n] for n in ("PIXELS", "FILTERS", "CHANNELS"))
+    models = 2 if constants["DUAL"] else 1
+    inputs = 1 if constants.get("SHARED_INPUT") else models
+    itemsize = launch.arguments[0].element_size()
+    masks = sum(constants[f"HAS_MASK{m}"] for m in range(models)) * filters * channels // 8
+    if "weight" not in operands:  # gradient of the weight: two tiles of pixels, no mask in the loop
+        return pixels * (models * filters + inputs * channels) * itemsize
+    of_pixel = filters if "gradient0" in operands else channels
+    return (pixels * of_pixel * inputs + filters * channels) * itemsize + masks
+
+
+def table() -> str:
+    """The resources of every configuration for sm_90, as Markdown."""
+    lines = [
+        "| kernel | pixels x filters x channels, stages | registers | stack, B | shared, KiB "
+        + "| tensor-core instructions (loop / all) | bytes a step | instructions in the loop |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in cases():
+        used = resources(compile_launch(case.launch))
+        c = case.config
+        tile = f"{c.pixels} x {c.filters}" + (f" x {c.channels}" if c.channels else "")
+        in_loop = used.in_loop["HGMMA"] + used.in_loop["HMMA"]
+        lines.append(
+            f"| {case.what} | {tile}, {c.num_stages} | {used.registers} | {used.stack} "
+            f"| {used.shared / 1024:.0f} | {in_loop} / {used.tensor_core} "
+            f"| {bytes_of_a_step(case.launch) or ''} | {used.in_loop.total()} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

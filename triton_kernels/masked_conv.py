@@ -56,11 +56,14 @@ def masked_conv_configs(
         sizes = (4096, 2048) if models == 2 else (8192, 4096)
         return [TileConfig(size // width, width, 0, 4, 1) for size in sizes]
     of_group = filters // groups
-    if dtype is torch.float32 and not allow_tf32:  # no tensor cores: sums and operands in registers
-        return [TileConfig(64, 32, 32, 4, 2), TileConfig(32, 32, 32, 4, 2)]
-    step = 32 if dtype is torch.float32 or channels <= 32 or form == "gather" else 64
+    if dtype is torch.float32 and not allow_tf32:
+        # Without tensor cores operands are in registers too: a second stage would spill.
+        return [TileConfig(64, 32, 32, 4, 1)]
+    step = 32 if dtype is torch.float32 or channels <= 32 else 64
     if of_group <= 32:
         return [TileConfig(128, 32, step)]
+    if form == "gather":
+        return [TileConfig(128, 64, step)]
     tiles = [TileConfig(128, 64, step), TileConfig(64, 64, step, 4, 4)]
     if of_group > 64 and step == 64:
         tiles.insert(1, TileConfig(64, 128, step) if models == 2 else TileConfig(128, 128, step))
@@ -82,7 +85,7 @@ def pack_mask(
     words = mask.new_empty((filters, taps, triton.cdiv(channels, 32)), dtype=torch.int32)
     if words.numel() == 0:
         return words
-    block = 128
+    block = 32  # with more, the addresses of 32 loads a word spill
     grid = triton.cdiv(words.numel(), block)
     arguments = [mask.contiguous(), words, channels, taps, words.numel()]
     run(Launch(pack_mask_kernel, grid, arguments, {"BLOCK": block}, {"num_warps": 4}), wrap)

@@ -29,13 +29,13 @@ from .masked_conv import TileConfig
 from .masked_conv_kernels import expand, keep, load, position
 
 __all__ = [
-    "input_gradient_configs",
+    "input_gradient_config",
     "input_gradient_kernel",
     "masked_conv_input_gradient",
     "masked_conv_weight_gradient",
     "plan_input_gradient",
     "plan_weight_gradient",
-    "weight_gradient_configs",
+    "weight_gradient_config",
     "weight_gradient_kernel",
 ]
 
@@ -420,26 +420,17 @@ def weight_gradient_kernel(
 # ------------------------------------------------------------------------------ launch
 
 
-def input_gradient_configs(
-    channels: int,  # of one group
-) -> list[TileConfig]:
-    """Tiles of pixels and channels, and the filters of a step; the one to take untimed first."""
-    if channels <= 32:
-        return [TileConfig(128, 64, 32)]
-    tiles = [TileConfig(128, 32, 64, 4, 4), TileConfig(64, 64, 64)]
-    return tiles if channels <= 64 else [*tiles, TileConfig(64, 32, 128)]
+def input_gradient_config(channels: int) -> TileConfig:
+    """The tile of pixels and channels, and the filters of a step, for the channels of a group."""
+    return TileConfig(128, 64, 32) if channels <= 32 else TileConfig(128, 32, 64, 4, 4)
 
 
-def weight_gradient_configs(
-    channels: int,  # of one group
-    filters: int,  # of one group
-) -> list[TileConfig]:
-    """Tiles of filters and channels, and the pixels of a step; the one to take untimed first."""
+def weight_gradient_config(channels: int, filters: int) -> TileConfig:
+    """The tile of filters and channels, and the pixels of a step, for those of a group."""
     if channels <= 32:
-        return [TileConfig(64, 64, 32)]
-    tiles = [TileConfig(64, 64, 64)]
-    # First the tile that pays least for finding its pixels again in every step.
-    return tiles if filters <= 64 else [TileConfig(64, 128, 64), *tiles]
+        return TileConfig(64, 64, 32)
+    # The wide tile pays least for finding its pixels again in every step.
+    return TileConfig(64, 128, 64) if filters > 64 else TileConfig(64, 64, 64)
 
 
 def _geometry(
@@ -462,7 +453,7 @@ def plan_input_gradient(
     """The launch of `masked_conv_input_gradient`, for outputs that are not empty."""
     rank = len(stride)
     channels, filters = weight.shape[-1], weight.shape[0] // groups
-    config = config or input_gradient_configs(channels)[0]
+    config = config or input_gradient_config(channels)
     of_gradient, of_output = pixels_of(gradients[0], rank), pixels_of(outputs[0], rank)
     kernel_size = three(weight.shape[1:-1], 1)
     strides, dilations = three(stride, 1), three(dilation, 1)
@@ -564,7 +555,7 @@ def plan_weight_gradient(
     of_gradient, of_input = pixels_of(gradients[0], rank), pixels_of(x, rank)
     axis = 1 if rank else -1
     channels, filters = x.shape[axis] // groups, gradients[0].shape[axis] // groups
-    config = config or weight_gradient_configs(channels, filters)[0]
+    config = config or weight_gradient_config(channels, filters)
     kernels, strides, paddings = three(kernel_size, 1), three(stride, 1), three(padding, 0)
     taps = math.prod(kernels)
     pixels = of_gradient.count
