@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-__all__ = ["JIT", "Launch", "Pixels", "pixels_of", "plain", "run", "three", "vector"]
+__all__ = ["JIT", "Launch", "Pixels", "is_shared", "pixels_of", "plain", "run", "three", "vector"]
 
 JIT = triton.runtime.jit.JITFunction
 """The class of compiled kernels; under TRITON_INTERPRET=1 a kernel is of another."""
@@ -68,6 +68,18 @@ def vector(x: Tensor, *multiples: int) -> int:
     while any(m % count for m in multiples):
         count //= 2
     return count
+
+
+def is_shared(tensors: Sequence[Tensor]) -> bool:
+    """Whether two models read the same values from the same place."""
+    if len(tensors) == 1:
+        return False
+    a, b = tensors
+    if a is b:
+        return True
+    if any(type(t) is not Tensor or t.is_meta for t in tensors):  # nowhere, as when it is traced
+        return False
+    return a.data_ptr() == b.data_ptr() and (a.shape, a.stride()) == (b.shape, b.stride())
 
 
 def plain(kernel: Any) -> Any:

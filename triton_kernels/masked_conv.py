@@ -10,10 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
-from .launch import JIT, Launch, pixels_of, plain, run, three, vector
+from fastpie.errors import FastpieError
+
+from .launch import JIT, Launch, is_shared, pixels_of, plain, run, three, vector
 from .masked_conv_kernels import ACTIVATIONS, direct_kernel, dot_kernel, pack_mask_kernel
 
 __all__ = ["TileConfig", "masked_conv_configs", "masked_conv_nhwc", "pack_mask", "plan"]
+
+
+LONGEST_KERNEL = 62
+"""The sizes of a kernel, added up: each place of each dimension is a bit of a word of 64."""
 
 
 class TileConfig(NamedTuple):
@@ -121,7 +127,8 @@ def masked_conv_nhwc(
             output.copy_(result)
 
     A layer without strides is linear, on tensors [..., C]. What lies behind the image follows from
-    the size of the outputs. Where both inputs are one tensor, it is read once.
+    the size of the outputs. Where both inputs are one tensor, or views of
+    the same values, it is read once.
 
     The dimension of the channels has stride 1. The pixels of outputs and residuals have one stride
     (a slice of the channels of a channels-last tensor is fine), those of inputs any; strides are the
@@ -199,6 +206,10 @@ def plan(
     kernel_size = three(weight.shape[1:-1], 1)
     strides, paddings, dilations = three(stride, 1), three(padding, 0), three(dilation, 1)
     taps = math.prod(kernel_size)
+    if form != "direct" and sum(kernel_size) > LONGEST_KERNEL:
+        raise FastpieError(
+            f"Expected kernel sizes that add up to at most {LONGEST_KERNEL}, but got {kernel_size}."
+        )
 
     filters_of_group = filters // groups
     depthwise = channels == filters_of_group == 1
@@ -208,7 +219,7 @@ def plan(
     out_vector = vector(x, *out_strides, unit)
     constants: dict[str, Any] = {
         "DUAL": models == 2,
-        "SHARED_INPUT": models == 2 and inputs[1] is x,
+        "SHARED_INPUT": is_shared(inputs),
         "ACTIVATION": ACTIVATIONS.index(activation[0]),
         "IN_VECTOR": in_vector,
         "OUT_VECTOR": out_vector,

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import JIT, Launch, pixels_of, plain, run, three, vector
+from .launch import JIT, Launch, is_shared, pixels_of, plain, run, three, vector
 from .masked_conv import TileConfig
 from .masked_conv_kernels import expand, keep, load, position
 
@@ -567,7 +567,7 @@ def plan_weight_gradient(
     in_vector, out_vector = vector(x, channels), vector(x, filters)
     constants = {
         "DUAL": len(gradients) == 2,
-        "SHARED_INPUT": len(gradients) == 2 and inputs[1] is x,
+        "SHARED_INPUT": is_shared(inputs),
         "HAS_MASK0": masks[0] is not None,
         "HAS_MASK1": masks[-1] is not None,
         "POINTWISE": taps == max(strides) == 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastpie.errors import FastpieError
 from fastpie.ops import reference
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -245,6 +246,26 @@ def test_without_any_weight_the_bias_is_left(case: str) -> None:
     _assert_close(outputs[0], expected[0])
     shape = (-1, *(1,) * len(window[0]))
     assert torch.equal(outputs[1], biases[1].view(shape).expand(outputs[1].shape))
+
+
+def test_views_of_one_input_are_shared() -> None:
+    x = torch.randn(4, 8)
+    assert launch.is_shared([x, x])
+    assert launch.is_shared([x, x.reshape(4, 8)])
+    assert not launch.is_shared([x])
+    assert not launch.is_shared([x, x.clone()])
+    assert not launch.is_shared([x[:2], x[:2].t().contiguous()])
+    assert not launch.is_shared([x[:, :4], x[:, 4:]])
+
+
+def test_a_kernel_that_is_too_long_is_refused() -> None:
+    x = torch.empty(1, 100, 16).movedim(-1, 1)
+    none = [None]
+    window = ([1], [0], [1], 1)
+    with pytest.raises(FastpieError, match="add up to at most 62"):
+        triton_kernels.masked_conv_nhwc(
+            [x], torch.empty(16, 70, 16), none, none, none, none, [x[..., :31]], *window
+        )
 
 
 @pytest.mark.parametrize("activation", kernels.ACTIVATIONS)
