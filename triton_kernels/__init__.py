@@ -9,7 +9,7 @@ from .disagreement import disagreement
 from .masked_conv import TileConfig, masked_conv_configs, masked_conv_nhwc, pack_mask
 from .masked_conv_backward import masked_conv_input_gradient, masked_conv_weight_gradient
 from .masked_conv_check import check_config
-from .masked_conv_kernels import ACTIVATIONS
+from .masked_conv_parts import ACTIVATIONS
 from .null import null
 from .top_k import top_k_update
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from fastpie.errors import FastpieError
 
 from .launch import JIT, Launch, is_shared, pixels_of, plain, run, three, vector
-from .masked_conv_kernels import ACTIVATIONS, direct_kernel, dot_kernel, pack_mask_kernel
+from .masked_conv_kernels import direct_kernel, dot_kernel, pack_mask_kernel
+from .masked_conv_parts import ACTIVATIONS
 
 __all__ = ["TileConfig", "masked_conv_configs", "masked_conv_nhwc", "pack_mask", "plan"]
 

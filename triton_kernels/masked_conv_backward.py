@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .launch import JIT, Launch, is_shared, pixels_of, plain, run, three, vector
 from .masked_conv import TileConfig
-from .masked_conv_kernels import expand, keep, load, position
+from .masked_conv_parts import expand, keep, load, position
 
 __all__ = [
     "input_gradient_config",

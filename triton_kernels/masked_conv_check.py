@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .masked_conv import TileConfig, masked_conv_nhwc
-from .masked_conv_kernels import ACTIVATIONS
+from .masked_conv_parts import ACTIVATIONS
 
 __all__ = ["activation_function", "check_config"]
 
