@@ -24,6 +24,7 @@
 #include "fastpie/null.h"
 #include "fastpie/pack_mask.h"
 #include "fastpie/relayout.h"
+#include "fastpie/sparse24.h"
 #include "fastpie/top_k.h"
 #ifdef FASTPIE_WITH_CUDA
 #include "cuda/device.h"
@@ -230,6 +231,28 @@ void define_packing(py::module_& m, PackMaskedConvArgs (*)(Args...)) {
   m.def("pack_masked_conv", &pack_masked_conv_cpu<std::decay_t<Args>...>);
 }
 
+PackSparse24Args sparse24_args(std::uintptr_t keep, std::int64_t filters, std::int64_t columns,
+                               std::int64_t rows) {
+  if (filters < 0 || columns < 0) throw std::invalid_argument("Expected sizes >= 0");
+  return {pointer<const bool>(keep), filters, columns, rows};
+}
+
+void count_sparse24_cpu(std::uintptr_t keep, std::int64_t filters, std::int64_t columns,
+                        std::int64_t rows, std::uintptr_t tiles, int threads) {
+  const PackSparse24Args args = sparse24_args(keep, filters, columns, rows);
+  py::gil_scoped_release release;
+  check(count_sparse24(args, pointer<Sparse24Tile>(tiles), threads));
+}
+
+void pack_sparse24_cpu(std::uintptr_t keep, std::int64_t filters, std::int64_t columns,
+                       std::int64_t rows, std::uintptr_t step_begin, std::uintptr_t order,
+                       std::uintptr_t metadata, std::uintptr_t source, int threads) {
+  const PackSparse24Args args = sparse24_args(keep, filters, columns, rows);
+  py::gil_scoped_release release;
+  check(pack_sparse24(args, pointer<const std::int64_t>(step_begin), pointer<std::int32_t>(order),
+                      pointer<std::uint32_t>(metadata), pointer<std::int32_t>(source), threads));
+}
+
 using Three = std::array<std::int64_t, 3>;
 using Four = std::array<std::int64_t, 4>;
 
@@ -434,6 +457,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("masked_conv_chain_cpu", &masked_conv_chain_cpu);
   m.def("masked_conv_weight_gradient_cpu", &masked_conv_weight_gradient_cpu);
   define_packing(m, &pack_args);
+  m.def("count_sparse24", &count_sparse24_cpu);
+  m.def("pack_sparse24", &pack_sparse24_cpu);
   m.def("max_pool_cpu", &max_pool_cpu);
   m.def("pack_mask_cpu", &pack_mask_cpu);
   m.def("relayout_cpu", &relayout_cpu);

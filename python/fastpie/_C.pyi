@@ -97,6 +97,21 @@ def masked_conv_weight_gradient_cpu(
 ) -> None: ...
 def count_masked_conv(*args: Any) -> tuple[int, int]: ...
 def pack_masked_conv(entries: int, rows: int, order: int, /, *args: Any) -> None: ...
+def count_sparse24(
+    keep: int, filters: int, columns: int, rows: int, tiles: int, threads: int, /
+) -> None: ...
+def pack_sparse24(
+    keep: int,
+    filters: int,
+    columns: int,
+    rows: int,
+    step_begin: int,
+    order: int,
+    metadata: int,
+    source: int,
+    threads: int,
+    /,
+) -> None: ...
 def max_pool_cpu(
     input: int,
     input_strides: tuple[int, int, int, int],
