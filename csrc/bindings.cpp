@@ -345,6 +345,46 @@ std::vector<std::string> cpu_capabilities() {
 }
 
 #ifdef FASTPIE_WITH_CUDA
+// sizes: (images, channels, filters, rows, tile_pixels); packed: (values, metadata, source,
+// step_begin); window: (kernel, stride, padding, dilation).
+void sparse24_conv_cuda(std::uintptr_t input, const std::array<std::uintptr_t, 4>& packed,
+                        std::uintptr_t scale, std::uintptr_t bias, std::uintptr_t residual,
+                        std::uintptr_t output, int dtype, const std::array<std::int64_t, 5>& sizes,
+                        const Three& input_size, const Three& output_size,
+                        const std::array<Three, 4>& window, int activation, float slope,
+                        std::uintptr_t stream) {
+  Sparse24ConvArgs args{};
+  args.input = pointer<const void>(input);
+  args.values = pointer<const void>(packed[0]);
+  args.metadata = pointer<const std::uint32_t>(packed[1]);
+  args.source = pointer<const std::int32_t>(packed[2]);
+  args.step_begin = pointer<const std::int64_t>(packed[3]);
+  args.scale = pointer<const float>(scale);
+  args.bias = pointer<const float>(bias);
+  args.residual = pointer<const void>(residual);
+  args.output = pointer<void>(output);
+  args.dtype = dtype_of(dtype);
+  args.images = sizes[0];
+  args.channels = sizes[1];
+  args.filters = sizes[2];
+  args.rows = sizes[3];
+  args.tile_pixels = sizes[4];
+  for (int d = 0; d < 3; ++d) {
+    if (window[0][d] < 1 || window[1][d] < 1 || window[2][d] < 0 || window[3][d] < 1) {
+      throw std::invalid_argument("Expected a window with kernel, stride and dilation >= 1");
+    }
+    args.input_size[d] = input_size[d];
+    args.output_size[d] = output_size[d];
+    args.kernel[d] = window[0][d];
+    args.stride[d] = window[1][d];
+    args.padding[d] = window[2][d];
+    args.dilation[d] = window[3][d];
+  }
+  args.activation = activation_of(activation, slope);
+  py::gil_scoped_release release;
+  check(cuda::sparse24_conv(args, pointer<void>(stream)));
+}
+
 void null_cuda(std::uintptr_t input, std::uintptr_t output, std::int64_t count,
                std::uintptr_t stream) {
   py::gil_scoped_release release;
@@ -469,6 +509,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_unusable_reason", &cuda::unusable_reason,
         "Empty where a CUDA device can run these kernels, else why not.");
   m.def("null_cuda", &null_cuda);
+  m.def("sparse24_conv_cuda", &sparse24_conv_cuda);
   m.def("disagreement_cuda", &disagreement_cuda);
   m.def("magnitude_levels_cuda", &magnitude_levels_cuda);
   m.def("magnitude_levels_workspace", &cuda::magnitude_levels_workspace);

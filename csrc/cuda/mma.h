@@ -124,4 +124,44 @@ __device__ __forceinline__ void mma_fp16(float (&d)[4], const std::uint32_t (&a)
 #endif
 }
 
+// D += A B with an A of 16 rows and 32 columns of which at most two of four neighbours are not zero
+// (PTX ISA, "Matrix fragments for sparse mma.m16n8k32"). `a` holds those two of each four, laid out
+// as the A above: its columns 2 q and 2 q + 1 come from columns 4 q to 4 q + 3. `b` has two words
+// more: word i is k = 2 t + 8 i + {0, 1}, n = g. `metadata` says which two, in lanes with
+// t / 2 = kSelector: those with t % 2 = 0 describe columns 0 to 15 and those with 1 columns 16 to
+// 31, bits 0 to 15 for row g and bits 16 to 31 for row g + 8; of these, bits 4 i to 4 i + 3 are the
+// i-th four columns: the place of the first in two bits, then that of the second, which must be
+// higher.
+template <int kSelector>
+__device__ __forceinline__ void mma_sparse_bf16(float (&d)[4], const std::uint32_t (&a)[4],
+                                                const std::uint32_t (&b)[4],
+                                                std::uint32_t metadata) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(metadata), "n"(kSelector));
+#else
+  cuda_emulator::mma_sparse_16x8x32<cuda_emulator::bfloat16_to_float>(d, a, b, metadata, kSelector);
+#endif
+}
+
+template <int kSelector>
+__device__ __forceinline__ void mma_sparse_fp16(float (&d)[4], const std::uint32_t (&a)[4],
+                                                const std::uint32_t (&b)[4],
+                                                std::uint32_t metadata) {
+#ifdef __CUDACC__
+  asm volatile(
+      "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, %13;\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]),
+        "r"(metadata), "n"(kSelector));
+#else
+  cuda_emulator::mma_sparse_16x8x32<cuda_emulator::half_to_float>(d, a, b, metadata, kSelector);
+#endif
+}
+
 }  // namespace fastpie::cuda

@@ -112,6 +112,23 @@ def pack_sparse24(
     threads: int,
     /,
 ) -> None: ...
+def sparse24_conv_cuda(
+    input: int,
+    packed: tuple[int, int, int, int],
+    scale: int,
+    bias: int,
+    residual: int,
+    output: int,
+    dtype: int,
+    sizes: tuple[int, int, int, int, int],
+    input_size: tuple[int, ...],
+    output_size: tuple[int, ...],
+    window: tuple[tuple[int, ...], ...],
+    activation: int,
+    slope: float,
+    stream: int,
+    /,
+) -> None: ...
 def max_pool_cpu(
     input: int,
     input_strides: tuple[int, int, int, int],

@@ -76,4 +76,47 @@ Status pack_sparse24(const PackSparse24Args& args, const std::int64_t* step_begi
                      std::int32_t* order, std::uint32_t* metadata, std::int32_t* source,
                      int threads);
 
+// sparse24_conv: the pruned model's convolution with a weight so packed, on channels-last tensors;
+// what masked_conv_nhwc.h says of one model and one group, argument for argument:
+//
+//   output[n, p, k] = activate(scale[k] * sum over taps t and channels c of
+//                                  weight[k, t, c] * mask[k, t, c]
+//                                  * input[n, p * stride - padding + t * dilation, c]
+//                              + bias[k] + residual[n, p, k])
+//
+// The sum is fp32. Unlike there, an input that is not finite shows where a removed weight happens
+// to share its place with a value 0, and not where it does not.
+//
+// Limits: bf16 and fp16; channels a multiple of 32, so that a step lies within one tap; tiles of 64
+// or 128 rows; at most 512 taps; fewer than 2^31 elements in an image. `input`, `values`,
+// `metadata` and `source` are aligned to 16 bytes.
+struct Sparse24ConvArgs {
+  const void* input;   // [images, input_size, channels] contiguous
+  const void* values;  // [steps, rows / 16, 32, 8] and so on, see above
+  const std::uint32_t* metadata;
+  const std::int32_t* source;
+  const std::int64_t* step_begin;  // [ceil(filters / rows) + 1], where the kernel can read it
+  const float* scale;              // [filters], or null: 1
+  const float* bias;               // [filters], or null: 0
+  const void* residual;            // as output, or null
+  void* output;                    // [images, output_size, filters] contiguous; overlaps no input
+  DType dtype;
+  std::int64_t images;
+  std::int64_t channels;
+  std::int64_t filters;
+  std::int64_t rows;
+  std::int64_t tile_pixels;  // 64 or 128 pixels of the output in a block; 0: a default
+  std::int64_t input_size[3];
+  std::int64_t output_size[3];
+  std::int64_t kernel[3];
+  std::int64_t stride[3];
+  std::int64_t padding[3];  // before; what lies behind follows from output_size
+  std::int64_t dilation[3];
+  Activation activation;
+};
+
+namespace cuda {
+Status sparse24_conv(const Sparse24ConvArgs& args, void* stream);
+}
+
 }  // namespace fastpie

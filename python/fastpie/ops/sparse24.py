@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +12,13 @@ from torch import Tensor
 from fastpie import _C
 from fastpie.errors import FastpieError
 from fastpie.ops import _native, reference
+from fastpie.ops.packing import ACTIVATIONS
+from fastpie.ops.positions import dtype_code
 
-__all__ = ["Sparse24", "pack_sparse24"]
+__all__ = ["Sparse24", "pack_sparse24", "sparse24_conv_cuda"]
 
 _STEP = 32  # columns of one instruction
+
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -208,3 +212,134 @@ def _gather(weight: Tensor, order: Tensor) -> Tensor:
     """The values in packed order, 0 where there is none."""
     values = weight.reshape(-1).index_select(0, order.view(-1).clamp(min=0)).view(order.shape)
     return values.masked_fill_(order < 0, 0)
+
+
+def sparse24_conv_cuda(
+    input: Tensor,  # [N, C, *spatial]
+    packed: Sparse24,  # of a weight [K, *kernel, C]
+    scale: Tensor | None,  # fp32 [K]
+    bias: Tensor | None,  # fp32 [K]
+    residual: Tensor | None,  # as output
+    output: Tensor,  # [N, K, *spatial]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: tuple[str, float] = ("none", 0.0),
+    tile_pixels: int = 0,
+) -> None:
+    """Convolve with a packed weight on sparse tensor cores, into `output`.
+
+    Equivalent to::
+
+        convolve = (F.linear, F.conv1d, F.conv2d, F.conv3d)[len(stride)]
+        y = convolve(input, packed.unpack().movedim(-1, 1), None, stride, padding, dilation)
+        output[:] = activate(scale * y + bias + residual)
+
+    with fp32 in between. Nothing is allocated and nothing waited for: the call can be captured in a
+    CUDA graph, and the tensors must live as long as that.
+
+    Args:
+        input: bf16 or fp16, channels a multiple of 32, channels last in memory.
+        packed: in tiles of 64 or 128 rows, of the same dtype.
+        scale: a factor of each filter, or None for 1.
+        bias: or None.
+        residual: or None.
+        output: channels last in memory; its size says how much padding lies behind. Overlaps no
+            other tensor.
+        stride: of each spatial dimension, none for a linear layer; as the next two.
+        padding: before the first pixel.
+        dilation: see stride.
+        activation: a name of `fastpie.ops.packing.ACTIVATIONS` and a slope.
+        tile_pixels: pixels that a block of threads computes, 64 or 128; 0: a default.
+
+    Raises:
+        FastpieError: for what the kernel does not do, and for tensors that do not fit.
+    """
+    rank, (filters, *kernel, channels) = len(stride), packed.shape
+    if len(kernel) != rank or rank > 3 or not len(padding) == len(dilation) == rank:
+        raise FastpieError(
+            f"Expected a stride, padding and dilation for each of the {len(kernel)} dimensions of "
+            f"the kernel, at most 3, but got {list(stride)}, {list(padding)} and {list(dilation)}."
+        )
+    _check_channels_last("input", input, packed, channels)
+    _check_channels_last("output", output, packed, filters)
+    if residual is not None:
+        _check_channels_last("residual", residual, packed, filters)
+        if residual.shape != output.shape:
+            raise FastpieError(
+                f"Expected `residual` to have shape {list(output.shape)}, but got "
+                f"{list(residual.shape)}."
+            )
+    if input.shape[0] != output.shape[0]:
+        raise FastpieError(
+            f"Expected `output` to have {input.shape[0]} images, but got {output.shape[0]}."
+        )
+    for name, vector in (("scale", scale), ("bias", bias)):
+        if vector is not None and not (
+            vector.dtype is torch.float32
+            and vector.shape == (filters,)
+            and vector.is_contiguous()
+            and vector.device == input.device
+        ):
+            raise FastpieError(
+                f"Expected `{name}` to be contiguous float32 of shape [{filters}] on "
+                f"{input.device}, but got {vector.dtype} {list(vector.shape)} on {vector.device}."
+            )
+    if activation[0] not in ACTIVATIONS:
+        raise FastpieError(
+            f"Expected `activation` to be one of {sorted(ACTIVATIONS)}, but got {activation[0]!r}."
+        )
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        if min(values, default=least) < least:
+            raise FastpieError(f"Expected `{name}` to be >= {least}, but got {list(values)}.")
+
+    def three(values: Sequence[int], fill: int = 1) -> tuple[int, ...]:
+        return (*[fill] * (3 - rank), *values)
+
+    arguments = (
+        input.data_ptr(),
+        tuple(
+            t.data_ptr() for t in (packed.values, packed.metadata, packed.source, packed.step_begin)
+        ),
+        *(0 if t is None else t.data_ptr() for t in (scale, bias, residual)),
+        output.data_ptr(),
+        dtype_code(input.dtype),
+        (input.shape[0], channels, filters, packed.rows, tile_pixels),
+        three(input.shape[2:]),
+        three(output.shape[2:]),
+        (three(kernel), three(stride), three(padding, 0), three(dilation)),
+        ACTIVATIONS[activation[0]],
+        activation[1],
+    )
+    if input.device.type == "cpu" and _C.cuda_emulated:
+        _native.call(_C.sparse24_conv_cuda, *arguments, 0)
+        return
+    if input.device.type != "cuda":
+        raise FastpieError(f"Expected tensors on a CUDA device, but got {input.device}.")
+    if (reason := _native.cuda_unusable_reason()) is not None:
+        raise FastpieError(f"Expected usable CUDA kernels, but {reason}.")
+    with torch.cuda.device(input.device):
+        _native.call(_C.sparse24_conv_cuda, *arguments, _native.cuda_stream(input))
+
+
+def _check_channels_last(name: str, tensor: Tensor, packed: Sparse24, channels: int) -> None:
+    rank = len(packed.shape) - 2
+    if (
+        tensor.ndim != rank + 2
+        or tensor.shape[1] != channels
+        or not tensor.movedim(1, -1).is_contiguous()
+    ):
+        raise FastpieError(
+            f"Expected `{name}` to have {rank + 2} dimensions, the second of size {channels} and "
+            f"last in memory, but got shape {list(tensor.shape)} and strides "
+            f"{list(tensor.stride())}."
+        )
+    if tensor.dtype is not packed.values.dtype or tensor.device != packed.values.device:
+        raise FastpieError(
+            f"Expected `{name}` to be {packed.values.dtype} on {packed.values.device}, as the "
+            f"packed weight, but got {tensor.dtype} on {tensor.device}."
+        )
