@@ -245,12 +245,14 @@ void count_sparse24_cpu(std::uintptr_t keep, std::int64_t filters, std::int64_t 
 }
 
 void pack_sparse24_cpu(std::uintptr_t keep, std::int64_t filters, std::int64_t columns,
-                       std::int64_t rows, std::uintptr_t step_begin, std::uintptr_t order,
-                       std::uintptr_t metadata, std::uintptr_t source, int threads) {
+                       std::int64_t rows, std::uintptr_t step_begin, std::uintptr_t copy_begin,
+                       std::uintptr_t order, std::uintptr_t metadata, std::uintptr_t copies,
+                       int threads) {
   const PackSparse24Args args = sparse24_args(keep, filters, columns, rows);
   py::gil_scoped_release release;
-  check(pack_sparse24(args, pointer<const std::int64_t>(step_begin), pointer<std::int32_t>(order),
-                      pointer<std::uint32_t>(metadata), pointer<std::int32_t>(source), threads));
+  check(pack_sparse24(args, pointer<const std::int64_t>(step_begin),
+                      pointer<const std::int64_t>(copy_begin), pointer<std::int32_t>(order),
+                      pointer<std::uint32_t>(metadata), pointer<Sparse24Copy>(copies), threads));
 }
 
 using Three = std::array<std::int64_t, 3>;
@@ -345,9 +347,9 @@ std::vector<std::string> cpu_capabilities() {
 }
 
 #ifdef FASTPIE_WITH_CUDA
-// sizes: (images, channels, filters, rows, tile_pixels); packed: (values, metadata, source,
-// step_begin); window: (kernel, stride, padding, dilation).
-void sparse24_conv_cuda(std::uintptr_t input, const std::array<std::uintptr_t, 4>& packed,
+// sizes: (images, channels, filters, rows, tile_pixels); packed: (values, metadata, copies,
+// step_begin, copy_begin); window: (kernel, stride, padding, dilation).
+void sparse24_conv_cuda(std::uintptr_t input, const std::array<std::uintptr_t, 5>& packed,
                         std::uintptr_t scale, std::uintptr_t bias, std::uintptr_t residual,
                         std::uintptr_t output, int dtype, const std::array<std::int64_t, 5>& sizes,
                         const Three& input_size, const Three& output_size,
@@ -357,8 +359,9 @@ void sparse24_conv_cuda(std::uintptr_t input, const std::array<std::uintptr_t, 4
   args.input = pointer<const void>(input);
   args.values = pointer<const void>(packed[0]);
   args.metadata = pointer<const std::uint32_t>(packed[1]);
-  args.source = pointer<const std::int32_t>(packed[2]);
+  args.copies = pointer<const Sparse24Copy>(packed[2]);
   args.step_begin = pointer<const std::int64_t>(packed[3]);
+  args.copy_begin = pointer<const std::int64_t>(packed[4]);
   args.scale = pointer<const float>(scale);
   args.bias = pointer<const float>(bias);
   args.residual = pointer<const void>(residual);

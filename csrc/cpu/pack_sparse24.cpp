@@ -11,8 +11,9 @@ namespace fastpie {
 namespace {
 
 constexpr std::int64_t kMaxRows = 256;
-// A column is tried in this many of the latest groups of extra columns that have room.
-constexpr std::size_t kOpenGroups = 64;
+// A column goes to the latest step of extra columns that has been begun or the one before: what the
+// contract promises to kernels.
+constexpr std::size_t kStepGroups = kSparse24Step / 4;
 
 // A set of rows of a tile.
 struct Rows {
@@ -42,7 +43,7 @@ Rows without(const Rows& a, const Rows& b) {
 // Four extra columns, of which no row uses more than two.
 struct ExtraGroup {
   int count = 0;
-  std::int32_t columns[4] = {-1, -1, -1, -1};
+  std::int32_t columns[4];
   Rows users[4];
   Rows once, twice;  // rows that use at least one, two
 
@@ -122,11 +123,13 @@ class Covering {
     std::size_t at = 0;
     while (at < open_.size() && !(cover_.groups[open_[at]].twice & must).empty()) ++at;
     if (at == open_.size()) {
-      if (open_.size() == kOpenGroups) {
-        open_.erase(open_.begin());
-        --at;
+      const std::size_t next = cover_.groups.size();
+      if (next % kStepGroups == 0 && next > kStepGroups) {  // a step begins, an older one is closed
+        const auto in_closed = [next](std::size_t group) { return group < next - kStepGroups; };
+        open_.erase(std::remove_if(open_.begin(), open_.end(), in_closed), open_.end());
+        at = open_.size();
       }
-      open_.push_back(cover_.groups.size());
+      open_.push_back(next);
       cover_.groups.emplace_back();
     }
     ExtraGroup& group = cover_.groups[open_[at]];
@@ -185,17 +188,20 @@ class Writer {
 };
 
 void pack_tile(const PackSparse24Args& args, std::int64_t tile, std::int64_t step, std::int64_t end,
-               std::int32_t* order, std::uint32_t* metadata, std::int32_t* source) {
+               std::int32_t* order, std::uint32_t* metadata, Sparse24Copy* copies) {
   const Cover cover = Covering(args, tile).run();
   std::fill(metadata + step * args.rows, metadata + end * args.rows, 0);
   Writer writer(args.rows, order, metadata);
   const std::int64_t main_steps = sparse24_main_steps(args.columns);
   const std::int64_t extra_step = step + main_steps;
-  source += (extra_step - (tile + 1) * main_steps) * kSparse24Step;
-  std::fill(source, source + (end - extra_step) * kSparse24Step, -1);
+  Sparse24Copy* copy = copies;
   for (std::size_t i = 0; i < cover.groups.size(); ++i) {
-    std::copy(cover.groups[i].columns, cover.groups[i].columns + 4, source + 4 * i);
+    for (int j = 0; j < cover.groups[i].count; ++j) {
+      *copy++ = {cover.groups[i].columns[j], static_cast<std::int32_t>(4 * i) + j};
+    }
   }
+  std::sort(copies, copy,
+            [](const Sparse24Copy& a, const Sparse24Copy& b) { return a.column < b.column; });
   std::vector<char> left(main_steps * kSparse24Step);  // of one row: kept and not spilled
   for (std::int64_t row = 0; row < args.rows; ++row) {
     const std::int64_t filter = tile * args.rows + row;
@@ -267,12 +273,13 @@ Status count_sparse24(const PackSparse24Args& args, Sparse24Tile* tiles, int thr
 }
 
 Status pack_sparse24(const PackSparse24Args& args, const std::int64_t* step_begin,
-                     std::int32_t* order, std::uint32_t* metadata, std::int32_t* source,
-                     int threads) {
+                     const std::int64_t* copy_begin, std::int32_t* order, std::uint32_t* metadata,
+                     Sparse24Copy* copies, int threads) {
   const Status status = check(args);
   if (!status.ok()) return status;
   for_each_tile(args, threads, [&](std::int64_t tile) {
-    pack_tile(args, tile, step_begin[tile], step_begin[tile + 1], order, metadata, source);
+    pack_tile(args, tile, step_begin[tile], step_begin[tile + 1], order, metadata,
+              copies + copy_begin[tile]);
   });
   return {};
 }

@@ -2,9 +2,15 @@
 //
 // Filters are rows of the product and come as operand A, packed; pixels are its columns and come as
 // operand B, whose depth (one tap's channels) is contiguous in channels-last tensors. A block
-// computes one tile of filters for kPixels pixels. It walks through the steps of its tile, 32
-// columns each: the weight's own, copied 16 bytes at a time by cp.async, kSteps of them in each of
-// kStages stages, then the extra columns, gathered element by element.
+// computes one tile of filters for kPixels pixels. It walks through the steps of the weight's own
+// columns, 32 each, copied 16 bytes at a time by cp.async, kSteps of them in each of kStages
+// stages.
+//
+// Extra columns are never read from global memory: an element a line would cost a sector each, and
+// tags of the L1 cache that a step's products do not hide. While a stage is in shared memory, the
+// columns of it that are repeated are copied to where the extra steps are put together. The packing
+// sees to it that two of them are open at a time; the older one is multiplied when a third begins,
+// its weights read from the L2 cache.
 //
 // Shared memory of a step: values and metadata as they are packed, one contiguous copy, and a line
 // of 64 bytes for each pixel, whose four chunks of 16 bytes change places with the pixel so that
@@ -80,8 +86,9 @@ struct Tile {
   // that hold 8 filters of 4 pairs of pixels write to 32 banks.
   static constexpr int kSumPitch = kRows + 4;
   static constexpr int kSumBytes = kPixels * kSumPitch * 4;
-  static constexpr int kBytes =
-      kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+  static constexpr int kExtraBytes = 2 * kInputBytes;
+  static constexpr int kPipelineBytes = kStages * kStageBytes + kExtraBytes;
+  static constexpr int kBytes = kPipelineBytes > kSumBytes ? kPipelineBytes : kSumBytes;
 };
 
 // Where a tap reads, from the pixel that the first tap reads: elements, and coordinates.
@@ -108,28 +115,26 @@ __device__ Pixel pixel_at(const Sparse24ConvArgs& args, std::int64_t index, std:
           static_cast<int>(z), static_cast<int>(y), static_cast<int>(x)};
 }
 
-// Brings steps into shared memory. Thread i has chunk i % 4 of the pixels i / 4, + kPixelStep, ...
+// Where chunk `chunk` of a pixel lies in the input of a step.
+__device__ __forceinline__ int place_of(int pixel, int chunk) {
+  return pixel * (2 * kStep) + (chunk ^ (pixel / 2 % kChunks)) * 16;
+}
+
+// Brings stages into shared memory. Thread i has chunk i % 4 of the pixels i / 4, + kPixelStep, ...
 template <int kRows, int kPixels>
 struct Loader {
   using T = Tile<kRows, kPixels>;
 
   const Sparse24ConvArgs& args;
-  const Tap* taps;            // shared
-  std::int64_t first;         // step of the tile
-  std::int64_t extra_source;  // of its first extra step
-  int main_steps, steps;
+  const Tap* taps;     // shared
+  std::int64_t first;  // step of the tile
+  int steps;           // without the extra ones
   Pixel pixels[T::kLoads];
 
   __device__ bool inside(const Pixel& pixel, const Tap& tap) const {
     return static_cast<unsigned>(pixel.z + tap.z) < static_cast<unsigned>(args.input_size[0]) &&
            static_cast<unsigned>(pixel.y + tap.y) < static_cast<unsigned>(args.input_size[1]) &&
            static_cast<unsigned>(pixel.x + tap.x) < static_cast<unsigned>(args.input_size[2]);
-  }
-
-  __device__ static unsigned char* line(unsigned char* input, int index) {
-    const int pixel = static_cast<int>(threadIdx.x) / kChunks + index * T::kPixelStep;
-    const int chunk = static_cast<int>(threadIdx.x) % kChunks;
-    return input + pixel * (2 * kStep) + (chunk ^ (pixel / 2 % kChunks)) * 16;
   }
 
   __device__ void load_weight(unsigned char* shared, int step) const {
@@ -149,43 +154,15 @@ struct Loader {
     const auto column = static_cast<unsigned>(step) * kStep;
     const auto channels = static_cast<unsigned>(args.channels);
     const Tap tap = taps[column / channels];
-    const int channel =
-        static_cast<int>(column % channels + threadIdx.x % kChunks * unsigned{kChunk});
-    const auto* const input = static_cast<const std::uint16_t*>(args.input);
+    const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const auto* const input = static_cast<const std::uint16_t*>(args.input) + column % channels +
+                              chunk * kChunk + tap.offset;
 #pragma unroll
     for (int i = 0; i < T::kLoads; ++i) {
+      const int pixel = static_cast<int>(threadIdx.x) / kChunks + i * T::kPixelStep;
       const bool valid = inside(pixels[i], tap);
-      const void* const from = input + pixels[i].offset + tap.offset + channel;
-      copy_async_16(line(shared, i), valid ? from : args.values, valid ? 16 : 0);
-    }
-  }
-
-  __device__ void gather_input(unsigned char* shared, int step) const {
-    const auto* const source =
-        reinterpret_cast<const int4*>(args.source + (extra_source + step - main_steps) * kStep +
-                                      threadIdx.x % kChunks * unsigned{kChunk});
-    const int4 low = __ldg(source), high = __ldg(source + 1);
-    const int columns[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    const auto* const input = static_cast<const std::uint16_t*>(args.input);
-    std::uint32_t words[T::kLoads][kChunk / 2] = {};
-#pragma unroll
-    for (int j = 0; j < kChunk; ++j) {
-      if (columns[j] < 0) continue;
-      const auto column = static_cast<unsigned>(columns[j]);
-      const auto channels = static_cast<unsigned>(args.channels);
-      const Tap tap = taps[column / channels];
-      const int channel = static_cast<int>(column % channels);
-#pragma unroll
-      for (int i = 0; i < T::kLoads; ++i) {
-        if (!inside(pixels[i], tap)) continue;
-        const std::uint32_t bits = __ldg(input + pixels[i].offset + tap.offset + channel);
-        words[i][j / 2] |= bits << (16 * (j % 2));
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < T::kLoads; ++i) {
-      *reinterpret_cast<uint4*>(line(shared, i)) =
-          make_uint4(words[i][0], words[i][1], words[i][2], words[i][3]);
+      const void* const from = input + pixels[i].offset;
+      copy_async_16(shared + place_of(pixel, chunk), valid ? from : args.values, valid ? 16 : 0);
     }
   }
 
@@ -194,57 +171,120 @@ struct Loader {
     shared += stage % kStages * T::kStageBytes;
     for (int step = stage * kSteps; step < steps && step < (stage + 1) * kSteps; ++step) {
       load_weight(shared, step);
-      unsigned char* const input = shared + T::kValueBytes + T::kMetadataBytes;
-      if (step < main_steps) {
-        load_input(input, step);
-      } else {
-        gather_input(input, step);
-      }
+      load_input(shared + T::kValueBytes + T::kMetadataBytes, step);
       shared += T::kStepBytes;
     }
     copy_async_commit();
   }
 };
 
-// One step of the warp's 64 filters and 32 pixels.
+// The part of a warp: 64 filters and 32 pixels.
+template <typename Half>
+struct WarpProduct {
+  int row, pixel, lane;  // the first of each in the tile
+  float sums[4][4][4];
+  std::uint32_t a[4][4], metadata[2];
+
+  // The weights of a step, from global or shared memory.
+  __device__ __forceinline__ void read_weight(const void* values, const std::uint32_t* words) {
+#pragma unroll
+    for (int m = 0; m < 4; ++m) {
+      const uint4 four = static_cast<const uint4*>(values)[(row / 16 + m) * kWarp + lane];
+      a[m][0] = four.x;
+      a[m][1] = four.y;
+      a[m][2] = four.z;
+      a[m][3] = four.w;
+    }
+    metadata[0] = words[row / 32 * kWarp + lane];
+    metadata[1] = words[(row / 32 + 1) * kWarp + lane];
+  }
+
+  __device__ __forceinline__ void multiply(const unsigned char* input) {
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+      std::uint32_t b[4];
+      load_matrix_x4(b, input + place_of(pixel + n * 8 + lane % 8, lane / 8));
+      Half::template mma<0>(sums[0][n], a[0], b, metadata[0]);
+      Half::template mma<1>(sums[1][n], a[1], b, metadata[0]);
+      Half::template mma<0>(sums[2][n], a[2], b, metadata[1]);
+      Half::template mma<1>(sums[3][n], a[3], b, metadata[1]);
+    }
+  }
+};
+
+// The extra steps of a tile.
 template <typename Half, int kRows, int kPixels>
-__device__ __forceinline__ void multiply(float (&sums)[4][4][4], const unsigned char* shared,
-                                         int warp_row, int warp_pixel, int lane) {
+struct Extras {
   using T = Tile<kRows, kPixels>;
-  const auto* const values = reinterpret_cast<const uint4*>(shared);
-  const auto* const metadata = reinterpret_cast<const std::uint32_t*>(shared + T::kValueBytes);
-  const unsigned char* const input = shared + T::kValueBytes + T::kMetadataBytes;
-  std::uint32_t a[4][4], meta[2];
-#pragma unroll
-  for (int m = 0; m < 4; ++m) {
-    const uint4 words = values[(warp_row / 16 + m) * kWarp + lane];
-    a[m][0] = words.x;
-    a[m][1] = words.y;
-    a[m][2] = words.z;
-    a[m][3] = words.w;
+
+  const Sparse24ConvArgs& args;
+  std::int64_t first;  // extra step of the tile
+  const int2* copies;  // (column, slot)
+  int copy_count;
+  int step_count;
+  unsigned char* shared;  // two steps of input
+  int next = 0;           // copy
+  int step = 0;           // the older of the two that are open
+
+  // Copies the columns up to `end`, of which those of the last kSteps steps are at `stage`.
+  __device__ void take(const unsigned char* stage, int end, WarpProduct<Half>& product) {
+    for (;;) {
+      // Each warp reads the same 32 copies and takes those of the two steps.
+      const int index = next + product.lane;
+      const int2 copy = index < copy_count ? __ldg(copies + index) : make_int2(end, 0);
+      const bool ready = copy.x < end && copy.y / kStep <= step + 1;
+      const unsigned others = __ballot_sync(0xffffffffu, !ready);
+      const int count = others == 0 ? kWarp : __ffs(static_cast<int>(others)) - 1;
+      copy_columns(stage, copy, count, product.lane);
+      next += count;
+      if (count == kWarp) continue;
+      if (__shfl_sync(0xffffffffu, copy.x, count) >= end) return;
+      multiply(product);
+    }
   }
-  meta[0] = metadata[warp_row / 32 * kWarp + lane];
-  meta[1] = metadata[(warp_row / 32 + 1) * kWarp + lane];
+
+  // Four columns of eight pixels at a time.
+  __device__ void copy_columns(const unsigned char* stage, const int2& copy, int count, int lane) {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    for (int i = 0; i < count; i += 4) {
+      const int index = i + lane / 8;  // below 32, since `i` is a multiple of 4
+      const int column = __shfl_sync(0xffffffffu, copy.x, index);
+      const int slot = __shfl_sync(0xffffffffu, copy.y, index);
+      if (index >= count) continue;
+      const unsigned char* const from = stage + column / kStep % kSteps * T::kStepBytes +
+                                        T::kValueBytes + T::kMetadataBytes + column % kChunk * 2;
+      unsigned char* const to = shared + slot / kStep % 2 * T::kInputBytes + slot % kChunk * 2;
 #pragma unroll
-  for (int n = 0; n < 4; ++n) {
-    const int pixel = warp_pixel + n * 8 + lane % 8;
-    std::uint32_t b[4];
-    load_matrix_x4(b, input + pixel * (2 * kStep) + (lane / 8 ^ pixel / 2 % kChunks) * 16);
-    Half::template mma<0>(sums[0][n], a[0], b, meta[0]);
-    Half::template mma<1>(sums[1][n], a[1], b, meta[0]);
-    Half::template mma<0>(sums[2][n], a[2], b, meta[1]);
-    Half::template mma<1>(sums[3][n], a[3], b, meta[1]);
+      for (int pixel = warp * 8 + lane % 8; pixel < kPixels; pixel += T::kThreads / 4) {
+        *reinterpret_cast<std::uint16_t*>(to + place_of(pixel, slot % kStep / kChunk)) =
+            *reinterpret_cast<const std::uint16_t*>(from +
+                                                    place_of(pixel, column % kStep / kChunk));
+      }
+    }
   }
-}
+
+  __device__ void multiply(WarpProduct<Half>& product) {
+    const std::int64_t at = first + step;
+    product.read_weight(static_cast<const unsigned char*>(args.values) + at * T::kValueBytes,
+                        args.metadata + at * kRows);
+    __syncthreads();  // what other warps have copied
+    product.multiply(shared + step % 2 * T::kInputBytes);
+    __syncthreads();  // before it is written again
+    ++step;
+  }
+
+  __device__ void multiply_rest(WarpProduct<Half>& product) {
+    while (step < step_count) multiply(product);
+  }
+};
 
 // Scale and bias, on the way to shared memory as [pixel][filter].
-template <int kRows, int kPixels>
+template <int kRows, int kPixels, typename Half>
 __device__ __forceinline__ void put_sums(const Sparse24ConvArgs& args, float* out,
-                                         const float (&sums)[4][4][4], std::int64_t filter,
-                                         int warp_row, int warp_pixel, int lane) {
+                                         const WarpProduct<Half>& product, std::int64_t filter) {
 #pragma unroll
   for (int m = 0; m < 8; ++m) {
-    const int row = warp_row + m * 8 + lane / 4;
+    const int row = product.row + m * 8 + product.lane / 4;
     const std::int64_t k = filter + row;
     const bool exists = k < args.filters;
     const float scale = args.scale != nullptr && exists ? __ldg(args.scale + k) : 1.0f;
@@ -253,9 +293,9 @@ __device__ __forceinline__ void put_sums(const Sparse24ConvArgs& args, float* ou
     for (int n = 0; n < 4; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int pixel = warp_pixel + n * 8 + lane % 4 * 2 + i;
+        const int pixel = product.pixel + n * 8 + product.lane % 4 * 2 + i;
         out[pixel * Tile<kRows, kPixels>::kSumPitch + row] =
-            scale * sums[m / 2][n][m % 2 * 2 + i] + bias;
+            scale * product.sums[m / 2][n][m % 2 * 2 + i] + bias;
       }
     }
   }
@@ -335,43 +375,56 @@ __global__ void __launch_bounds__(Tile<kRows, kPixels>::kThreads)
                static_cast<std::int32_t>(y), static_cast<std::int32_t>(x)};
   }
 
-  const int main_steps = static_cast<int>(tap_count * args.channels / kStep);
+  for (int i = static_cast<int>(threadIdx.x) * 16; i < T::kExtraBytes; i += T::kThreads * 16) {
+    // Empty columns meet weights of 0, which NaN would survive.
+    *reinterpret_cast<uint4*>(shared + kStages * T::kStageBytes + i) = make_uint4(0, 0, 0, 0);
+  }
+
+  const int steps = static_cast<int>(tap_count * args.channels / kStep);
   const std::int64_t first = args.step_begin[tile];
-  Loader<kRows, kPixels> loader{args,       taps,
-                                first,      first - std::int64_t{tile} * main_steps,
-                                main_steps, static_cast<int>(args.step_begin[tile + 1] - first),
-                                {}};
+  Loader<kRows, kPixels> loader{args, taps, first, steps, {}};
 #pragma unroll
   for (int i = 0; i < T::kLoads; ++i) {
     const int pixel = static_cast<int>(threadIdx.x) / kChunks + i * T::kPixelStep;
     loader.pixels[i] = pixel_at(args, first_pixel + pixel, count);
   }
-  __syncthreads();  // the taps
+  __syncthreads();  // the taps, and the zeros
 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  const int warp_row = warp % (kRows / kWarpRows) * kWarpRows;
-  const int warp_pixel = warp / (kRows / kWarpRows) * kWarpPixels;
-  float sums[4][4][4] = {};
-  const int stages = (loader.steps + kSteps - 1) / kSteps;
+  WarpProduct<Half> product{};
+  product.row = warp % (kRows / kWarpRows) * kWarpRows;
+  product.pixel = warp / (kRows / kWarpRows) * kWarpPixels;
+  product.lane = lane;
+  const std::int64_t first_copy = args.copy_begin[tile];
+  Extras<Half, kRows, kPixels> extras{args,
+                                      first + steps,
+                                      reinterpret_cast<const int2*>(args.copies) + first_copy,
+                                      static_cast<int>(args.copy_begin[tile + 1] - first_copy),
+                                      static_cast<int>(args.step_begin[tile + 1] - first) - steps,
+                                      shared + kStages * T::kStageBytes};
   for (int stage = 0; stage < kStages - 1; ++stage) loader.load(shared, stage);
-  for (int stage = 0; stage < stages; ++stage) {
+  for (int stage = 0; stage * kSteps < steps; ++stage) {
     copy_async_wait<kStages - 2>();
     __syncthreads();  // this stage is here, and the one before is no longer read
     loader.load(shared, stage + kStages - 1);
     const unsigned char* const now = shared + stage % kStages * T::kStageBytes;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      if (stage * kSteps + i < loader.steps) {
-        multiply<Half, kRows, kPixels>(sums, now + i * T::kStepBytes, warp_row, warp_pixel, lane);
-      }
+      if (stage * kSteps + i >= steps) break;
+      const unsigned char* const weight = now + i * T::kStepBytes;
+      const unsigned char* const metadata = weight + T::kValueBytes;
+      product.read_weight(weight, reinterpret_cast<const std::uint32_t*>(metadata));
+      product.multiply(metadata + T::kMetadataBytes);
     }
+    extras.take(now, (stage + 1) * kSteps * kStep, product);
   }
+  extras.multiply_rest(product);
 
   copy_async_wait<0>();
   __syncthreads();
   float* const results = reinterpret_cast<float*>(shared);
-  put_sums<kRows, kPixels>(args, results, sums, filter, warp_row, warp_pixel, lane);
+  put_sums<kRows, kPixels>(args, results, product, filter);
   __syncthreads();
   write_output<Half, kRows, kPixels>(args, results, filter, first_pixel, count, aligned);
 }
@@ -452,8 +505,7 @@ Status sparse24_conv(const Sparse24ConvArgs& args, void* stream) {
       INT_MAX) {
     return {"Expected the window to span < 2^31 elements"};
   }
-  if (!is_aligned(args.input) || !is_aligned(args.values) || !is_aligned(args.metadata) ||
-      !is_aligned(args.source)) {
+  if (!is_aligned(args.input) || !is_aligned(args.values) || !is_aligned(args.metadata)) {
     return {"Expected input and packed weight to be aligned to 16 bytes"};
   }
   if (count == 0 || args.filters == 0) return {};

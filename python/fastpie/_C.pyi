@@ -106,15 +106,16 @@ def pack_sparse24(
     columns: int,
     rows: int,
     step_begin: int,
+    copy_begin: int,
     order: int,
     metadata: int,
-    source: int,
+    copies: int,
     threads: int,
     /,
 ) -> None: ...
 def sparse24_conv_cuda(
     input: int,
-    packed: tuple[int, int, int, int],
+    packed: tuple[int, int, int, int, int],
     scale: int,
     bias: int,
     residual: int,

@@ -72,6 +72,7 @@ CASES = {
     "dense": Case(density=1.0, channels=64, with_scale=False, with_bias=False),
     "3x3": Case(kernel=(3, 3), padding=(1, 1), channels=64, density=0.1),
     "3x3, half": Case(kernel=(3, 3), padding=(1, 1), density=0.5, dtype=torch.float16),
+    "3x3, dense": Case(kernel=(3, 3), padding=(1, 1), channels=64, density=1.0),
     "stride": Case(kernel=(3, 3), stride=(2, 2), padding=(1, 1), size=(9, 8)),
     "uneven stride": Case(kernel=(1, 3), stride=(3, 2), padding=(0, 2), size=(8, 5)),
     "dilation": Case(kernel=(3, 3), padding=(2, 4), dilation=(2, 3), size=(9, 10), density=0.4),
@@ -162,6 +163,7 @@ def test_activations(activation: str, device: str) -> None:
 def test_any_order_of_the_threads(seed: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTPIE_EMULATOR_SEED", str(seed))
     run(CASES["3x3, half"], device)
+    run(replace(CASES["3x3, half"], filters=128, rows=128, density=0.7), device)
 
 
 def test_products_are_those_of_the_packing(device: str) -> None:

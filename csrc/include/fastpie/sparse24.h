@@ -36,9 +36,11 @@
 //             t % 2 = 0 holds columns 0 to 15 of the step, 1 columns 16 to 31; there bits 4h to
 //             4h + 3 are group h: two bits for the place of the first column in the group and two
 //             for the second, the first below the second
-//   source    [extra steps][32] column that an extra one repeats, or -1: an empty column, which
-//             counts as zero. Of extra steps alone: step s of tile i is row
-//             s - (i + 1) * main_steps(columns) of it
+//   copies    [extra columns] which column each extra one repeats, tile by tile, ascending. Places
+//             that are not named are empty columns, which count as zero
+//
+// A kernel that walks through the columns in order can fill the extra steps on the way and needs to
+// hold two of them: once a column has gone to one step, none goes to those before its predecessor.
 #pragma once
 
 #include <cstdint>
@@ -68,13 +70,19 @@ struct Sparse24Tile {
   std::int64_t extra;     // extra columns that are not empty
 };
 
+struct Sparse24Copy {
+  std::int32_t column;
+  std::int32_t slot;  // counted from the first extra column of the tile
+};
+
 // What each of the ceil(filters / rows) tiles needs.
 Status count_sparse24(const PackSparse24Args& args, Sparse24Tile* tiles, int threads);
 
-// `step_begin` [tiles + 1]: the first step of each tile and the end, from count_sparse24.
+// `step_begin` and `copy_begin` [tiles + 1]: the first step and copy of each tile and the end, sums
+// of what count_sparse24 gave.
 Status pack_sparse24(const PackSparse24Args& args, const std::int64_t* step_begin,
-                     std::int32_t* order, std::uint32_t* metadata, std::int32_t* source,
-                     int threads);
+                     const std::int64_t* copy_begin, std::int32_t* order, std::uint32_t* metadata,
+                     Sparse24Copy* copies, int threads);
 
 // sparse24_conv: the pruned model's convolution with a weight so packed, on channels-last tensors;
 // what masked_conv_nhwc.h says of one model and one group, argument for argument:
@@ -88,14 +96,15 @@ Status pack_sparse24(const PackSparse24Args& args, const std::int64_t* step_begi
 // to share its place with a value 0, and not where it does not.
 //
 // Limits: bf16 and fp16; channels a multiple of 32, so that a step lies within one tap; tiles of 64
-// or 128 rows; at most 512 taps; fewer than 2^31 elements in an image. `input`, `values`,
-// `metadata` and `source` are aligned to 16 bytes.
+// or 128 rows; at most 512 taps; fewer than 2^31 elements in an image. `input`, `values`
+// and `metadata` are aligned to 16 bytes.
 struct Sparse24ConvArgs {
   const void* input;   // [images, input_size, channels] contiguous
   const void* values;  // [steps, rows / 16, 32, 8] and so on, see above
   const std::uint32_t* metadata;
-  const std::int32_t* source;
+  const Sparse24Copy* copies;
   const std::int64_t* step_begin;  // [ceil(filters / rows) + 1], where the kernel can read it
+  const std::int64_t* copy_begin;  // likewise
   const float* scale;              // [filters], or null: 1
   const float* bias;               // [filters], or null: 0
   const void* residual;            // as output, or null

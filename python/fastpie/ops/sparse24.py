@@ -32,8 +32,9 @@ class Sparse24:
     Attributes:
         values: [steps, rows / 16, 32, 8] of the weight's dtype.
         metadata: int32 [steps, rows / 32, 32], two bits for each value.
-        source: int32 [extra steps, 32], the column that each extra one repeats, or -1.
+        copies: int32 [extra columns, 2], which column goes to which extra one of the tile.
         step_begin: int64 [tiles + 1], the steps of each tile.
+        copy_begin: int64 [tiles + 1], the copies of each tile.
         order: int32 [steps, rows / 16, 32, 8], where in the weight each value lies, or -1.
         counts: int64 [tiles, 4] on the CPU: steps, overfull groups, spilled weights, extra columns.
         shape: [filters, *kernel, channels] of the weight.
@@ -43,8 +44,9 @@ class Sparse24:
 
     values: Tensor
     metadata: Tensor
-    source: Tensor
+    copies: Tensor
     step_begin: Tensor
+    copy_begin: Tensor
     order: Tensor
     counts: Tensor
     shape: torch.Size
@@ -63,11 +65,8 @@ class Sparse24:
 
     def to(self, device: torch.device | str) -> Sparse24:
         """The same on another device."""
-        moved = {
-            name: getattr(self, name).to(device)
-            for name in ("values", "metadata", "source", "step_begin", "order")
-        }
-        return dataclasses.replace(self, **moved)
+        names = ("values", "metadata", "copies", "step_begin", "copy_begin", "order")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in names})
 
     def refilled(self, weight: Tensor) -> Sparse24:
         """The same mask with other values: `weight` as `pack_sparse24` takes it."""
@@ -102,9 +101,10 @@ class Sparse24:
             first, end = self.step_begin[tile : tile + 2].tolist()
             own = slots[first:end].transpose(0, 1).flatten(1)  # [rows, columns and extra ones]
             weight[tile] = own[:, : self.columns]
-            source = self.source[first - tile * main : end - (tile + 1) * main].flatten()
-            extra = own[:, main * _STEP :]
-            weight[tile].index_add_(1, source[source >= 0], extra[:, source >= 0])
+            columns, extra = self.copies[slice(*self.copy_begin[tile : tile + 2].tolist())].unbind(
+                1
+            )
+            weight[tile].index_add_(1, columns, own[:, main * _STEP + extra])
         return weight.flatten(0, 1)[: self.filters].view(self.values.dtype).view(self.shape)
 
     def report(self) -> dict[str, int | float]:
@@ -179,27 +179,29 @@ def pack_sparse24(
     arguments = (keep.data_ptr(), filters, columns, rows)
     threads = torch.get_num_threads()
     _native.call(_C.count_sparse24, *arguments, counts.data_ptr(), threads)
-    step_begin = torch.zeros(tiles + 1, dtype=torch.int64)
-    step_begin[1:] = counts[:, 0].cumsum(0)
+    step_begin, copy_begin = torch.zeros((2, tiles + 1), dtype=torch.int64)
+    step_begin[1:], copy_begin[1:] = counts[:, 0].cumsum(0), counts[:, 3].cumsum(0)
     steps = int(step_begin[-1])
     order = torch.empty((steps, rows // 16, 32, 8), dtype=torch.int32)
     metadata = torch.empty((steps, rows // 32, 32), dtype=torch.int32)
-    source = torch.empty((steps - tiles * -(-columns // _STEP), _STEP), dtype=torch.int32)
+    copies = torch.empty((int(copy_begin[-1]), 2), dtype=torch.int32)
     _native.call(
         _C.pack_sparse24,
         *arguments,
         step_begin.data_ptr(),
+        copy_begin.data_ptr(),
         order.data_ptr(),
         metadata.data_ptr(),
-        source.data_ptr(),
+        copies.data_ptr(),
         threads,
     )
     order = order.to(weight.device)
     return Sparse24(
         values=_gather(weight, order),
         metadata=metadata.to(weight.device),
-        source=source.to(weight.device),
+        copies=copies.to(weight.device),
         step_begin=step_begin.to(weight.device),
+        copy_begin=copy_begin.to(weight.device),
         order=order,
         counts=counts,
         shape=weight.shape,
@@ -302,8 +304,12 @@ def sparse24_conv_cuda(
 
     arguments = (
         input.data_ptr(),
-        tuple(
-            t.data_ptr() for t in (packed.values, packed.metadata, packed.source, packed.step_begin)
+        (
+            packed.values.data_ptr(),
+            packed.metadata.data_ptr(),
+            packed.copies.data_ptr(),
+            packed.step_begin.data_ptr(),
+            packed.copy_begin.data_ptr(),
         ),
         *(0 if t is None else t.data_ptr() for t in (scale, bias, residual)),
         output.data_ptr(),
