@@ -24,8 +24,8 @@ __device__ __forceinline__ float activate(float x, const Activation& f) {
       return x > 0.0f ? x : x * f.slope;
     case Activation::kHardswish:
       return x * at_most(6.0f, at_least(0.0f, x + 3.0f)) * (1.0f / 6.0f);
-    case Activation::kSilu:  // below -87 the result is 0, also of -inf
-      return at_least(-87.0f, x) / (1.0f + expf(-at_least(-87.0f, x)));
+    case Activation::kSilu:
+      return x / (1.0f + expf(-x));
     case Activation::kGelu:  // erfc keeps its digits where Phi is small
       return 0.5f * x * erfcf(-0.70710678f * x);
   }

@@ -18,14 +18,14 @@
 //
 // Each warp has 64 filters and 32 pixels: 4 x 4 products of 16 x 8 a step, for which it reads 2 KiB
 // of A and 2 KiB of B from shared memory.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <climits>
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/activation.h"
+#include "cuda/half.h"
 #include "cuda/mma.h"
 #include "fastpie/sparse24.h"
 
@@ -40,37 +40,19 @@ constexpr int kSteps = 2;
 constexpr int kStages = 3;
 constexpr int kChunk = 8;  // elements in 16 bytes
 constexpr int kChunks = kStep / kChunk;
-constexpr int kMaxTaps = 512;
+constexpr int kMaxTaps = 256;
 constexpr int kMaxExtent = 1 << 29;        // pixels
 constexpr int kNowhere = -2 * kMaxExtent;  // a coordinate that no tap brings into the image
 
-struct BFloat16 {
-  __device__ static float to_float(std::uint32_t bits) { return __uint_as_float(bits << 16); }
-  __device__ static std::uint32_t pack(float low, float high) {
-    const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&both);
-  }
-  template <int kSelector>
-  __device__ static void mma(float (&d)[4], const std::uint32_t (&a)[4],
-                             const std::uint32_t (&b)[4], std::uint32_t metadata) {
+template <typename Half, int kSelector>
+__device__ __forceinline__ void mma_sparse(float (&d)[4], const std::uint32_t (&a)[4],
+                                           const std::uint32_t (&b)[4], std::uint32_t metadata) {
+  if constexpr (std::is_same_v<Half, BFloat16>) {
     mma_sparse_bf16<kSelector>(d, a, b, metadata);
-  }
-};
-
-struct Float16 {
-  __device__ static float to_float(std::uint32_t bits) {
-    return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
-  }
-  __device__ static std::uint32_t pack(float low, float high) {
-    const __half2 both = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const std::uint32_t*>(&both);
-  }
-  template <int kSelector>
-  __device__ static void mma(float (&d)[4], const std::uint32_t (&a)[4],
-                             const std::uint32_t (&b)[4], std::uint32_t metadata) {
+  } else {
     mma_sparse_fp16<kSelector>(d, a, b, metadata);
   }
-};
+}
 
 template <int kRows, int kPixels>
 struct Tile {
@@ -98,7 +80,7 @@ struct alignas(16) Tap {
 
 // What the first tap reads for a pixel of the output: elements from the start of the input, which
 // may be before an image, and coordinates.
-struct Pixel {
+struct alignas(16) Pixel {
   std::int64_t offset;
   int z, y, x;
 };
@@ -126,10 +108,10 @@ struct Loader {
   using T = Tile<kRows, kPixels>;
 
   const Sparse24ConvArgs& args;
-  const Tap* taps;     // shared
+  const Pixel* pixels;  // shared, as the next
+  const Tap* taps;
   std::int64_t first;  // step of the tile
   int steps;           // without the extra ones
-  Pixel pixels[T::kLoads];
 
   __device__ bool inside(const Pixel& pixel, const Tap& tap) const {
     return static_cast<unsigned>(pixel.z + tap.z) < static_cast<unsigned>(args.input_size[0]) &&
@@ -141,6 +123,7 @@ struct Loader {
     const std::int64_t at = first + step;
     const auto copy = [&](const void* source, int bytes) {
       const auto* const from = static_cast<const unsigned char*>(source) + at * bytes;
+#pragma unroll 1
       for (int i = static_cast<int>(threadIdx.x) * 16; i < bytes; i += T::kThreads * 16) {
         copy_async_16(shared + i, from + i, 16);
       }
@@ -160,8 +143,9 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < T::kLoads; ++i) {
       const int pixel = static_cast<int>(threadIdx.x) / kChunks + i * T::kPixelStep;
-      const bool valid = inside(pixels[i], tap);
-      const void* const from = input + pixels[i].offset;
+      const Pixel at = pixels[pixel];
+      const bool valid = inside(at, tap);
+      const void* const from = input + at.offset;
       copy_async_16(shared + place_of(pixel, chunk), valid ? from : args.values, valid ? 16 : 0);
     }
   }
@@ -204,10 +188,10 @@ struct WarpProduct {
     for (int n = 0; n < 4; ++n) {
       std::uint32_t b[4];
       load_matrix_x4(b, input + place_of(pixel + n * 8 + lane % 8, lane / 8));
-      Half::template mma<0>(sums[0][n], a[0], b, metadata[0]);
-      Half::template mma<1>(sums[1][n], a[1], b, metadata[0]);
-      Half::template mma<0>(sums[2][n], a[2], b, metadata[1]);
-      Half::template mma<1>(sums[3][n], a[3], b, metadata[1]);
+      mma_sparse<Half, 0>(sums[0][n], a[0], b, metadata[0]);
+      mma_sparse<Half, 1>(sums[1][n], a[1], b, metadata[0]);
+      mma_sparse<Half, 0>(sums[2][n], a[2], b, metadata[1]);
+      mma_sparse<Half, 1>(sums[3][n], a[3], b, metadata[1]);
     }
   }
 };
@@ -226,8 +210,9 @@ struct Extras {
   int next = 0;           // copy
   int step = 0;           // the older of the two that are open
 
-  // Copies the columns up to `end`, of which those of the last kSteps steps are at `stage`.
-  __device__ void take(const unsigned char* stage, int end, WarpProduct<Half>& product) {
+  // Copies the columns up to `end`, of which those of the last kSteps steps are at `stage`, and
+  // multiplies what they complete; where they are the `last`, all that is left.
+  __device__ void take(const unsigned char* stage, int end, bool last, WarpProduct<Half>& product) {
     for (;;) {
       // Each warp reads the same 32 copies and takes those of the two steps.
       const int index = next + product.lane;
@@ -238,7 +223,8 @@ struct Extras {
       copy_columns(stage, copy, count, product.lane);
       next += count;
       if (count == kWarp) continue;
-      if (__shfl_sync(0xffffffffu, copy.x, count) >= end) return;
+      const bool blocked = __shfl_sync(0xffffffffu, copy.x, count) < end;
+      if (!blocked && !(last && step < step_count)) return;
       multiply(product);
     }
   }
@@ -271,10 +257,6 @@ struct Extras {
     product.multiply(shared + step % 2 * T::kInputBytes);
     __syncthreads();  // before it is written again
     ++step;
-  }
-
-  __device__ void multiply_rest(WarpProduct<Half>& product) {
-    while (step < step_count) multiply(product);
   }
 };
 
@@ -317,45 +299,37 @@ __device__ __forceinline__ void write_output(const Sparse24ConvArgs& args, const
     const float* const from = sums + i / kAcross * T::kSumPitch + i % kAcross * kChunk;
     const std::int64_t at = pixel * args.filters + k;
     const int valid = args.filters - k < kChunk ? static_cast<int>(args.filters - k) : kChunk;
-    std::uint32_t words[kChunk / 2] = {};
+    float values[kChunk], added[kChunk] = {};
     if (residual != nullptr && aligned) {
-      const uint4 read = __ldg(reinterpret_cast<const uint4*>(residual + at));
-      words[0] = read.x;
-      words[1] = read.y;
-      words[2] = read.z;
-      words[3] = read.w;
+      unpack_8<Half>(__ldg(reinterpret_cast<const uint4*>(residual + at)), added);
     } else if (residual != nullptr) {
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) {
-        if (j < valid) words[j / 2] |= std::uint32_t{__ldg(residual + at + j)} << (16 * (j % 2));
+        if (j < valid) added[j] = Half::low(__ldg(residual + at + j));
       }
     }
 #pragma unroll
-    for (int j = 0; j < kChunk; j += 2) {
-      float low = from[j], high = from[j + 1];
-      if (residual != nullptr) {
-        low += Half::to_float(words[j / 2] & 0xffffu);
-        high += Half::to_float(words[j / 2] >> 16);
-      }
-      words[j / 2] = Half::pack(activate(low, args.activation), activate(high, args.activation));
+    for (int j = 0; j < kChunk; ++j) {
+      values[j] = activate(residual != nullptr ? from[j] + added[j] : from[j], args.activation);
     }
     if (aligned) {
-      *reinterpret_cast<uint4*>(output + at) = make_uint4(words[0], words[1], words[2], words[3]);
+      *reinterpret_cast<uint4*>(output + at) = pack_8<Half>(values);
     } else {
 #pragma unroll
       for (int j = 0; j < kChunk; ++j) {
-        if (j < valid) output[at + j] = static_cast<std::uint16_t>(words[j / 2] >> (16 * (j % 2)));
+        if (j < valid) output[at + j] = static_cast<std::uint16_t>(Half::pack(values[j], 0.0f));
       }
     }
   }
 }
 
 template <typename Half, int kRows, int kPixels>
-__global__ void __launch_bounds__(Tile<kRows, kPixels>::kThreads)
+__global__ void __launch_bounds__(Tile<kRows, kPixels>::kThreads, 2)
     sparse24_conv_kernel(const Sparse24ConvArgs args, int tiles, std::int64_t count, bool aligned) {
   using T = Tile<kRows, kPixels>;
   extern __shared__ __align__(16) unsigned char shared[];
-  Tap* const taps = reinterpret_cast<Tap*>(shared + T::kBytes);
+  Pixel* const pixels = reinterpret_cast<Pixel*>(shared + T::kBytes);
+  Tap* const taps = reinterpret_cast<Tap*>(pixels + kPixels);
 
   // Blocks that follow each other have the same pixels: their input is in the L2 cache.
   const int tile = static_cast<int>(blockIdx.x % static_cast<unsigned>(tiles));
@@ -382,13 +356,11 @@ __global__ void __launch_bounds__(Tile<kRows, kPixels>::kThreads)
 
   const int steps = static_cast<int>(tap_count * args.channels / kStep);
   const std::int64_t first = args.step_begin[tile];
-  Loader<kRows, kPixels> loader{args, taps, first, steps, {}};
-#pragma unroll
-  for (int i = 0; i < T::kLoads; ++i) {
-    const int pixel = static_cast<int>(threadIdx.x) / kChunks + i * T::kPixelStep;
-    loader.pixels[i] = pixel_at(args, first_pixel + pixel, count);
+  const Loader<kRows, kPixels> loader{args, pixels, taps, first, steps};
+  for (int i = static_cast<int>(threadIdx.x); i < kPixels; i += T::kThreads) {
+    pixels[i] = pixel_at(args, first_pixel + i, count);
   }
-  __syncthreads();  // the taps, and the zeros
+  __syncthreads();  // pixels, taps and zeros
 
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
@@ -417,9 +389,8 @@ __global__ void __launch_bounds__(Tile<kRows, kPixels>::kThreads)
       product.read_weight(weight, reinterpret_cast<const std::uint32_t*>(metadata));
       product.multiply(metadata + T::kMetadataBytes);
     }
-    extras.take(now, (stage + 1) * kSteps * kStep, product);
+    extras.take(now, (stage + 1) * kSteps * kStep, (stage + 1) * kSteps >= steps, product);
   }
-  extras.multiply_rest(product);
 
   copy_async_wait<0>();
   __syncthreads();
@@ -437,7 +408,8 @@ Status launch(const Sparse24ConvArgs& args, std::int64_t count, std::int64_t tap
   const std::int64_t tiles = (args.filters + kRows - 1) / kRows;
   const std::int64_t blocks = (count + kPixels - 1) / kPixels * tiles;
   if (blocks > INT_MAX) return {"Expected fewer than 2^31 blocks of output"};
-  const std::size_t bytes = T::kBytes + static_cast<std::size_t>(taps) * sizeof(Tap);
+  const std::size_t bytes =
+      T::kBytes + kPixels * sizeof(Pixel) + static_cast<std::size_t>(taps) * sizeof(Tap);
   cudaError_t error =
       cudaFuncSetAttribute(sparse24_conv_kernel<Half, kRows, kPixels>,
                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
@@ -487,7 +459,7 @@ Status sparse24_conv(const Sparse24ConvArgs& args, void* stream) {
   if (args.tile_pixels != 0 && args.tile_pixels != 64 && args.tile_pixels != 128) {
     return {"Expected tiles of 64 or 128 pixels, or 0 for a default"};
   }
-  if (taps < 1 || taps > kMaxTaps) return {"Expected a kernel of 1 to 512 taps"};
+  if (taps < 1 || taps > kMaxTaps) return {"Expected a kernel of 1 to 256 taps"};
   std::int64_t image = args.channels, extent[3];
   for (int d = 0; d < 3; ++d) {
     if (args.input_size[d] > 0 && image > INT_MAX / args.input_size[d]) {

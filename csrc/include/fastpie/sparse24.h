@@ -96,7 +96,7 @@ Status pack_sparse24(const PackSparse24Args& args, const std::int64_t* step_begi
 // to share its place with a value 0, and not where it does not.
 //
 // Limits: bf16 and fp16; channels a multiple of 32, so that a step lies within one tap; tiles of 64
-// or 128 rows; at most 512 taps; fewer than 2^31 elements in an image. `input`, `values`
+// or 128 rows; at most 256 taps; fewer than 2^31 elements in an image. `input`, `values`
 // and `metadata` are aligned to 16 bytes.
 struct Sparse24ConvArgs {
   const void* input;   // [images, input_size, channels] contiguous
