@@ -66,6 +66,7 @@ cat > "$driver" <<'PYTHON_CODE'
 
 import torch
 from fastpie import ops
+from fastpie.ops.sparse24 import pack_sparse24, sparse24_conv_cuda
 
 for classes in (1, 12, 20, 30, 50, 100, 129, 1000, 16384):
     for task in ("multiclass", "multilabel"):
@@ -92,6 +93,13 @@ for k in (1, 100, 4096):
     ids = torch.full((k,), -1, device="cuda")
     for count in (3, 5000):
         ops.top_k_update(values, ids, torch.randn(2, count, device="cuda"))
+for rows, tile in ((64, 64), (64, 128), (128, 64), (128, 128)):
+    weight = torch.randn(rows + 6, 3, 3, 64, device="cuda").half()
+    packed = pack_sparse24(weight, torch.rand(weight.shape) < 0.4, rows)
+    x = torch.randn(3, 9, 9, 64, device="cuda").half().movedim(-1, 1)
+    y = torch.empty(3, 9, 9, rows + 6, device="cuda").half().movedim(-1, 1)
+    ones = ((1, 1),) * 3
+    sparse24_conv_cuda(x, packed, None, None, y.clone(), y, *ones, tile_pixels=tile)
 torch.cuda.synchronize()
 print("launched")
 PYTHON_CODE
