@@ -140,8 +140,9 @@ def pack_sparse24(
     """Pack the kept weights for sparse tensor cores, without loss.
 
     A tile is `rows` filters. Its columns are followed by repeated ones for those weights that are
-    the third or fourth kept of four neighbours. With random masks and tiles of 64 that adds 5 % of
-    columns at density .1, 23 % at .2 and half at .5; a dense weight doubles them.
+    the third or fourth kept of four neighbours. With independent masks and tiles of 64 that adds 5 % of
+    columns at density .1, 23 % at .2 and half at .5, with rows and channels of uneven density more
+    (`benchmarks.sparse24_growth`); a dense weight doubles them.
 
     Args:
         weight: fp32, bf16 or fp16, channels last. Only kept values are read.
