@@ -56,7 +56,8 @@ sanitize: install
 	  $(BIN)/python -m pytest --capture=sys -m "not cuda and not cuda_emulated" tests/ops
 
 # The CUDA kernels on the CPU (tests/csrc/cuda_emulator), with both sanitizers: each against its twin
-# on every machine, with or without a GPU.
+# on every machine, with or without a GPU. The emulator has one thread, and torch's own would wait
+# beside it.
 EMULATED := build/emulate
 emulate: install
 	$(BIN)/cmake -S . -B $(EMULATED) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
@@ -67,7 +68,7 @@ emulate: install
 	rm -rf $(EMULATED)/site && mkdir $(EMULATED)/site
 	cp -r python/fastpie $(EMULATED)/site && cp -r triton_kernels $(EMULATED)/site/fastpie
 	cp $(EMULATED)/_C.*.so $(EMULATED)/site/fastpie
-	PYTHONPATH=$(CURDIR)/$(EMULATED)/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR)/$(EMULATED)/site ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 	  $(BIN)/python -m pytest --capture=sys -m cuda_emulated \
 	  $$(grep -rl --include="*.py" "mark\.cuda_emulated" tests)

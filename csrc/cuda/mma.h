@@ -27,7 +27,7 @@
 
 namespace fastpie::cuda {
 
-// ------------------------------------------------------------------------------------------ copies
+// ---------------------------------------------------------------------------- copies
 
 // Starts to copy 16 bytes from global to shared memory, both aligned to 16, past L1: `source_bytes`
 // of them, then zeros. With 0 bytes nothing is read, but `source` must be a valid address.
@@ -62,8 +62,7 @@ __device__ __forceinline__ void copy_async_wait() {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------
-// fragments
+// ---------------------------------------------------------------------------- fragments
 
 // Four 8x8 matrices of halves from shared memory. Lane i gives the address of row i % 8 of matrix
 // i / 8, 16 bytes aligned to 16; word j of lane i is elements 2 (i % 4) + {0, 1} of row i / 4 of
@@ -94,8 +93,22 @@ __device__ __forceinline__ void load_matrix_x4_transposed(std::uint32_t (&words)
 #endif
 }
 
-// ------------------------------------------------------------------------------------------
-// products
+// ---------------------------------------------------------------------------- bytes
+
+// Four bytes chosen from the eight of (high, low), lowest first, by the four nibbles of
+// `selector`: the byte itself, or 8 times the sign bit of byte n - 8.
+__device__ __forceinline__ std::uint32_t permute_bytes(std::uint32_t low, std::uint32_t high,
+                                                       std::uint32_t selector) {
+#ifdef __CUDACC__
+  std::uint32_t word;
+  asm("prmt.b32 %0, %1, %2, %3;\n" : "=r"(word) : "r"(low), "r"(high), "r"(selector));
+  return word;
+#else
+  return __byte_perm(low, high, selector);
+#endif
+}
+
+// ---------------------------------------------------------------------------- products
 
 // D += A B with fp32 sums.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const std::uint32_t (&a)[4],

@@ -27,7 +27,7 @@
 // The toolkit whose names these are.
 #define CUDART_VERSION 13000
 
-// ------------------------------------------------------------------------------------------ types
+// ---------------------------------------------------------------------------- types
 
 struct uchar4 {
   unsigned char x, y, z, w;
@@ -76,8 +76,7 @@ inline ulonglong2 make_ulonglong2(unsigned long long x, unsigned long long y) { 
 
 #include "intrinsics.h"
 
-// ------------------------------------------------------------------------------------------
-// runtime
+// ---------------------------------------------------------------------------- runtime
 
 enum cudaError_t {
   cudaSuccess = 0,

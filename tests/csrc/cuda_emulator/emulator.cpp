@@ -24,7 +24,7 @@
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
-// ------------------------------------------------------------------------------------------ fibers
+// ---------------------------------------------------------------------------- fibers
 
 #ifdef __x86_64__
 // Saves the registers that a function must keep, stores the stack pointer to *save, and continues
@@ -122,8 +122,7 @@ void prepare(Fiber* to, void (*entry)()) {
 #endif
 }
 
-// ------------------------------------------------------------------------------------------
-// threads
+// ---------------------------------------------------------------------------- threads
 
 struct Copy {
   void* destination;
@@ -289,8 +288,7 @@ void run_block() {
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------ what
-// threads call
+// ---------------------------------------------------------------------------- what threads call
 
 unsigned lane() { return current->number % kWarp; }
 
@@ -359,8 +357,7 @@ void copy_wait(unsigned pending_groups) {
   }
 }
 
-// ------------------------------------------------------------------------------------------
-// launches
+// ---------------------------------------------------------------------------- launches
 
 const char* launch(const dim3& grid, const dim3& block, std::size_t shared,
                    const std::function<void()>& kernel) {

@@ -9,8 +9,7 @@
 
 #include "emulator.h"
 
-// ------------------------------------------------------------------------------------------
-// numbers
+// ---------------------------------------------------------------------------- numbers
 
 namespace cuda_emulator {
 template <typename To, typename From>
@@ -98,7 +97,7 @@ inline float max(float a, float b) { return std::fmax(a, b); }
 inline double min(double a, double b) { return std::fmin(a, b); }
 inline double max(double a, double b) { return std::fmax(a, b); }
 
-// ------------------------------------------------------------------------------------------ memory
+// ---------------------------------------------------------------------------- memory
 
 template <typename T>
 inline T __ldg(const T* address) {
@@ -164,8 +163,7 @@ inline T atomicCAS(T* address, cuda_emulator::Same<T> expected, cuda_emulator::S
   return atomicExch(address, *address == expected ? value : *address);
 }
 
-// ------------------------------------------------------------------------------------------ the
-// block
+// ---------------------------------------------------------------------------- the block
 
 inline void __syncthreads() { cuda_emulator::barrier("__syncthreads", 0); }
 inline int __syncthreads_count(int predicate) {
@@ -179,8 +177,7 @@ inline int __syncthreads_and(int predicate) {
 }
 [[noreturn]] inline void __trap() { cuda_emulator::fail("__trap"); }
 
-// ------------------------------------------------------------------------------------------ the
-// warp
+// ---------------------------------------------------------------------------- the warp
 
 namespace cuda_emulator {
 
