@@ -19,6 +19,7 @@
 #include "fastpie/disagreement.h"
 #include "fastpie/magnitude_levels.h"
 #include "fastpie/masked_conv.h"
+#include "fastpie/masked_conv_nhwc.h"
 #include "fastpie/max_pool.h"
 #include "fastpie/normalize_uint8.h"
 #include "fastpie/null.h"
@@ -475,6 +476,60 @@ void top_k_update_cuda(std::uintptr_t values, std::uintptr_t ids, std::int64_t k
   py::gil_scoped_release release;
   check(cuda::top_k_update(args, pointer<void>(stream)));
 }
+
+// (input, mask, scale, bias, residual, output) of one model.
+using NhwcModel = std::array<std::uintptr_t, 6>;
+// Of input, output, kernel, stride, padding and dilation.
+using NhwcSizes = std::array<Three, 6>;
+
+// counts: (images, channels of a group, filters, groups).
+void masked_conv_nhwc_cuda(const std::vector<NhwcModel>& models, std::uintptr_t weight,
+                           const Four& counts, const NhwcSizes& sizes, int dtype, int activation,
+                           float slope, int tile, std::uintptr_t stream) {
+  if (models.empty() || models.size() > 2) throw std::invalid_argument("Expected 1 or 2 models");
+  MaskedConvNhwcArgs args{};
+  for (const auto& [input, mask, scale, bias, residual, output] : models) {
+    args.models[args.model_count++] = {
+        pointer<const void>(input), pointer<const std::uint32_t>(mask), pointer<const float>(scale),
+        pointer<const float>(bias), pointer<const void>(residual),      pointer<void>(output)};
+  }
+  args.weight = pointer<const void>(weight);
+  args.images = counts[0];
+  args.channels = counts[1];
+  args.filters = counts[2];
+  args.groups = counts[3];
+  if (args.images < 0 || args.channels < 1 || args.filters < 0 || args.groups < 1 ||
+      args.filters % args.groups != 0) {
+    throw std::invalid_argument("Expected channels and groups >= 1, and filters in whole groups");
+  }
+  for (int d = 0; d < 3; ++d) {
+    args.input_size[d] = sizes[0][d];
+    args.output_size[d] = sizes[1][d];
+    args.kernel[d] = sizes[2][d];
+    args.stride[d] = sizes[3][d];
+    args.padding[d] = sizes[4][d];
+    args.dilation[d] = sizes[5][d];
+    if (args.kernel[d] < 1 || args.stride[d] < 1 || args.dilation[d] < 1 || args.padding[d] < 0) {
+      throw std::invalid_argument("Expected a window with kernel, stride and dilation >= 1");
+    }
+  }
+  args.dtype = dtype_of(dtype);
+  args.activation = activation_of(activation, slope);
+  py::gil_scoped_release release;
+  check(cuda::masked_conv_nhwc(args, tile, pointer<void>(stream)));
+}
+
+using NhwcTile = std::array<int, 7>;
+
+std::vector<NhwcTile> masked_conv_nhwc_tiles() {
+  std::vector<NhwcTile> tiles;
+  for (int i = 0; i < cuda::kMaskedConvNhwcTiles; ++i) {
+    const cuda::MaskedConvNhwcTile tile = cuda::masked_conv_nhwc_tile(i);
+    tiles.push_back({tile.filters, tile.pixels, tile.depth, tile.warps, tile.stages,
+                     tile.shared_bytes, tile.separate_shared_bytes});
+  }
+  return tiles;
+}
 #endif
 
 #ifdef FASTPIE_EMULATE_CUDA
@@ -520,6 +575,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("top_k_update_cuda", &top_k_update_cuda);
   m.def("pack_mask_cuda", &pack_mask_cuda);
   m.attr("magnitude_tile") = kMagnitudeTile;
+  m.def("masked_conv_nhwc_cuda", &masked_conv_nhwc_cuda);
+  m.def("masked_conv_nhwc_tiles", &masked_conv_nhwc_tiles,
+        "[filters, pixels, depth, warps, stages, bytes of shared memory for one input, and for "
+        "two] of each tile.");
 #else
   m.attr("cuda_architectures") = py::none();
 #endif

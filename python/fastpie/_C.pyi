@@ -148,6 +148,19 @@ def max_pool_cpu(
     threads: int,
     /,
 ) -> None: ...
+def masked_conv_nhwc_cuda(
+    models: list[tuple[int, int, int, int, int, int]],
+    weight: int,
+    counts: tuple[int, int, int, int],
+    sizes: tuple[tuple[int, ...], ...],
+    dtype: int,
+    activation: int,
+    slope: float,
+    tile: int,
+    stream: int,
+    /,
+) -> None: ...
+def masked_conv_nhwc_tiles() -> list[list[int]]: ...
 def relayout_cpu(
     input: int,
     input_dtype: int,

@@ -60,4 +60,22 @@ struct MaskedConvNhwcArgs {
   Activation activation;
 };
 
+namespace cuda {
+
+// How the work is cut: a thread block computes `filters` x `pixels` results of each model, in steps
+// of `depth` products, with `warps` warps, and holds `stages` steps in shared memory.
+struct MaskedConvNhwcTile {
+  int filters, pixels, depth, warps, stages;
+  int shared_bytes, separate_shared_bytes;  // for one input, and for two
+};
+constexpr int kMaskedConvNhwcTiles = 4;
+MaskedConvNhwcTile masked_conv_nhwc_tile(int index);  // 0 <= index < kMaskedConvNhwcTiles
+
+// `dtype` is bf16 or fp16. Any `tile` computes any layer; it counts for layers with more than one
+// channel in a group. Layers whose `channels` are a multiple of 8, and whose inputs and weights are
+// aligned to 16 bytes, are read faster; so are outputs and residuals with `filters` a multiple of 8
+// (of each group, too). Fewer than 2^31 output pixels, pixels of an image, and weights.
+Status masked_conv_nhwc(const MaskedConvNhwcArgs& args, int tile, void* stream);
+
+}  // namespace cuda
 }  // namespace fastpie
