@@ -67,6 +67,7 @@ cat > "$driver" <<'PYTHON_CODE'
 import torch
 from fastpie import ops
 from fastpie.ops.sparse24 import pack_sparse24, sparse24_conv_cuda
+from fastpie.ops.masked_conv_nhwc import masked_conv_nhwc_cuda, tiles
 
 for classes in (1, 12, 20, 30, 50, 100, 129, 1000, 16384):
     for task in ("multiclass", "multilabel"):
@@ -100,6 +101,22 @@ for rows, tile in ((64, 64), (64, 128), (128, 64), (128, 128)):
     y = torch.empty(3, 9, 9, rows + 6, device="cuda").half().movedim(-1, 1)
     ones = ((1, 1),) * 3
     sparse24_conv_cuda(x, packed, None, None, y.clone(), y, *ones, tile_pixels=tile)
+# Read 16 bytes at a time, by elements, and without tensor cores; with filters and pixels left over.
+for channels, groups, filters in ((40, 1, 136), (5, 1, 9), (1, 24, 24)):
+    for tile in range(len(tiles())):
+        x, y = (
+            torch.randn(2, 9, 11, c, device="cuda").half().movedim(-1, 1)
+            for c in (channels * groups, filters)
+        )
+        mask = torch.rand(filters, channels, 3, 3, device="cuda") < 0.3
+        words = ops.reference.pack_mask(mask)
+        weight = torch.randn(filters, 3, 3, channels, device="cuda").half()
+        scale = torch.rand(filters, device="cuda")
+        masked_conv_nhwc_cuda(
+            [x, x.clone()], weight, [None, words], [scale, None], [None, scale], [None, y],
+            [torch.empty_like(y), torch.empty_like(y)], (1, 1), (1, 1), (1, 1), groups,
+            ("silu", 0.0), tile,
+        )
 torch.cuda.synchronize()
 print("launched")
 PYTHON_CODE

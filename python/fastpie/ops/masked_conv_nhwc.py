@@ -17,9 +17,17 @@ from fastpie.errors import FastpieError
 from fastpie.ops import _native
 from fastpie.ops.packing import ACTIVATIONS
 
-__all__ = ["masked_conv_nhwc_cuda"]
+__all__ = ["ACTIVATIONS", "masked_conv_nhwc_cuda", "tiles"]
 
 _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
+
+
+def tiles() -> list[str]:
+    """What each `tile` of `masked_conv_nhwc_cuda` is, in words."""
+    return [
+        f"{filters}x{pixels}x{depth}, {warps} warps, {stages} stages"
+        for filters, pixels, depth, warps, stages, *_ in _C.masked_conv_nhwc_tiles()
+    ]
 
 
 def masked_conv_nhwc_cuda(
@@ -67,7 +75,7 @@ def masked_conv_nhwc_cuda(
         dilation: of each spatial dimension.
         groups: of channels and filters.
         activation: a name of `fastpie.ops.packing.ACTIVATIONS`, and the slope of leaky_relu.
-        tile: index into `_C.masked_conv_nhwc_tiles()`; each computes any layer.
+        tile: index into `tiles()`; each computes any layer.
 
     Raises:
         FastpieError: where tensors do not fit together, or the kernel cannot be used here.
@@ -80,11 +88,8 @@ def masked_conv_nhwc_cuda(
         raise FastpieError(
             f"Expected `activation` to be one of {sorted(ACTIVATIONS)}, but got {name!r}."
         )
-    if not 0 <= tile < len(_C.masked_conv_nhwc_tiles()):
-        raise FastpieError(
-            f"Expected `tile` to be from 0 to {len(_C.masked_conv_nhwc_tiles()) - 1}, but got "
-            f"{tile!r}."
-        )
+    if not 0 <= tile < (count := len(tiles())):
+        raise FastpieError(f"Expected `tile` to be from 0 to {count - 1}, but got {tile!r}.")
     columns = zip(inputs, masks, scales, biases, residuals, outputs, strict=True)
     models = [tuple(0 if t is None else t.data_ptr() for t in model) for model in columns]
     on_gpu = weight.device.type == "cuda"

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from fastpie import ops
 from fastpie.dual.gpu import cudnn_graph
 from fastpie.dual.gpu.device import CudaDevice, Device, tf32_allowed
 from fastpie.dual.gpu.kernels import ChannelsLast, Cudnn, Family, Torch
 from fastpie.dual.gpu.layers import GpuLayer
-from fastpie.ops import _native
+from fastpie.ops import _native, masked_conv_nhwc
 
 __all__ = ["device_of", "families_of", "unusable_reason"]
 
@@ -86,12 +85,12 @@ def _triton() -> ChannelsLast:
 
 def _cuda() -> ChannelsLast:
     def configs(layer: GpuLayer, models: int) -> list[tuple[str, dict[str, Any]]]:
-        return [(name, {"tile": i}) for i, name in enumerate(ops.masked_conv_nhwc.tiles())]
+        return [(name, {"tile": i}) for i, name in enumerate(masked_conv_nhwc.tiles())]
 
     return ChannelsLast(
         "cuda",
-        ops.masked_conv_nhwc.masked_conv_nhwc_cuda,
+        masked_conv_nhwc.masked_conv_nhwc_cuda,
         configs,
         frozenset({torch.bfloat16, torch.float16}),
-        frozenset(ops.masked_conv_nhwc.ACTIVATIONS),
+        frozenset(masked_conv_nhwc.ACTIVATIONS),
     )
