@@ -181,10 +181,14 @@ class Layer:
     def check(self, device: str, tile: int = 0) -> list[Tensor]:
         results = self.run(device, tile)
         for y, wanted in zip(results, self.expected(), strict=True):
-            # One rounding to the output type, and sums of fp32.
+            # One rounding to the output type, and sums of fp32, which tensor cores truncate.
             tolerance = 2**-8 if self.dtype is torch.bfloat16 else 2**-11
             torch.testing.assert_close(
-                y.double(), wanted, rtol=1.01 * tolerance, atol=2e-5, equal_nan=True
+                y.double(),
+                wanted,
+                rtol=1.01 * tolerance,
+                atol=2e-5 if device == "cpu" else 2e-4,
+                equal_nan=True,
             )
         return results
 
