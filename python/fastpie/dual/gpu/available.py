@@ -10,6 +10,7 @@ from fastpie.dual.gpu import cudnn_graph
 from fastpie.dual.gpu.device import CudaDevice, Device, tf32_allowed
 from fastpie.dual.gpu.kernels import ChannelsLast, Cudnn, Family, Torch
 from fastpie.dual.gpu.layers import GpuLayer
+from fastpie.dual.gpu.sparse24 import SparseTensorCores
 from fastpie.ops import _native, masked_conv_nhwc
 
 __all__ = ["device_of", "families_of", "unusable_reason"]
@@ -48,7 +49,7 @@ def families_of(backend: str) -> list[Family]:
     if backend != "cuda" and _native.triton_unusable_reason() is None:
         families.append(_triton())
     if backend != "triton" and _native.cuda_unusable_reason() is None:
-        families.append(_cuda())
+        families += [_cuda(), SparseTensorCores()]
     return families
 
 
@@ -85,7 +86,10 @@ def _triton() -> ChannelsLast:
 
 def _cuda() -> ChannelsLast:
     def configs(layer: GpuLayer, models: int) -> list[tuple[str, dict[str, Any]]]:
-        return [(name, {"tile": i}) for i, name in enumerate(masked_conv_nhwc.tiles())]
+        names = list(enumerate(masked_conv_nhwc.tiles()))
+        if layer.channels % 8:  # the kernels for few channels have one tile
+            names = names[:1]
+        return [(name, {"tile": i}) for i, name in names]
 
     return ChannelsLast(
         "cuda",
