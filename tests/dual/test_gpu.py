@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,6 +24,8 @@ from fake_gpu import FakeDevice, families, launch_twin
 from fastpie import DualModel, FastpieError
 from fastpie.dual import tuning
 from fastpie.dual.gpu import available
+from fastpie.dual.gpu.sparse24 import SparseTensorCores
+from fastpie.ops.sparse24 import Sparse24
 from networks import MONAI, SMALL, Network
 
 pytestmark = pytest.mark.usefixtures("captured_once")
@@ -401,3 +404,60 @@ def test_uneven_padding_and_a_learnt_slope(form: str) -> None:
     dual, engine = compiled(network, 0.5)
     x = network.inputs(5)
     assert relative_error(engine(*x), dual(*x)) < 1e-5
+
+
+class _Blocks(nn.Module):
+    """Channels by 32, as sparse tensor cores want them, and a layer that has too few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3, stride=2, padding=1)
+        self.wide = nn.Conv2d(32, 70, 3, padding=1)
+        self.back = nn.Conv2d(70, 32, 1)
+        self.mix = nn.Conv2d(32, 32, 3, padding=2, dilation=2)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.stem(x))
+        y = functional.silu(self.wide(x))
+        x = functional.relu(self.mix(x) + self.back(y))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_sparse_tensor_cores_take_what_is_sparse_enough(
+    precision: str, gpu: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(
+        x: Tensor, packed: Sparse24, scale: Any, bias: Any, residual: Any, output: Tensor,
+        stride: Any, padding: Any, dilation: Any, *, activation: Any,
+    ) -> None:  # fmt: skip
+        weight = packed.unpack()
+        launch_twin(
+            [x], weight, [None], [scale], [bias], [residual], [output],
+            stride, padding, dilation, 1, activation=activation, tile=0,
+        )  # fmt: skip
+
+    monkeypatch.setattr(
+        available, "families_of", lambda _: [*families(["triton"], 1), SparseTensorCores(launch)]
+    )
+
+    def seconds(self: Any, key: Any, work: Any) -> float:
+        work()()
+        if str(key[-1]).startswith("sparse24"):
+            return 1e-3
+        return 5.0 if key[0] == "layer" and len(key[6][0]) == 2 else 1.0
+
+    monkeypatch.setattr(tuning.Tuner, "seconds", seconds)
+    network = Network("blocks", _Blocks, ((3, 12, 10),))
+    for sparsity, layers in ((0.9, {"wide", "mix"}), (0.3, set())):
+        dual, engine = compiled(network, sparsity, precision=precision)
+        x = network.inputs(5)
+        assert relative_error(engine(*x), dual(*x)) < (0.1 if precision == "bf16" else 0.02)
+        found = {
+            (name.split("/")[0], *models)
+            for name, groups in engine.plan["steps"].items()
+            for models, kernel in groups
+            if kernel.startswith("sparse24")
+        }
+        assert found == {(name, 1) for name in layers}
