@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpie
+from dual_cases import relative_error
 from fake_gpu import FakeDevice, families, launch_twin
 from fastpie import DualModel, FastpieError
 from fastpie.dual import tuning
@@ -79,18 +80,6 @@ def force(patch: pytest.MonkeyPatch, form: str) -> None:
         return known[name]
 
     patch.setattr(tuning.Tuner, "seconds", seconds)
-
-
-def relative_error(got: Any, want: Any) -> float:
-    worst = 0.0
-    assert pytree.tree_structure(got) == pytree.tree_structure(want)
-    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
-        if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
-            assert a.dtype == b.dtype
-            assert a.shape == b.shape
-            error = (a - b.detach()).abs().max() / b.detach().abs().max().clamp(min=1e-6)
-            worst = max(worst, error.item())
-    return worst
 
 
 def compiled(

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils import _pytree as pytree
 
 import fastpie
+from dual_cases import relative_error
 from fastpie import _C, DualModel, FastpieError
 from fastpie.dual import tuning
 from fastpie.dual.cpu import segment
@@ -27,18 +28,6 @@ monai = pytest.mark.parametrize("network", MONAI, ids=lambda n: n.name)
 def on_positions(engine: fastpie.DualEngine) -> int:
     passes = engine.plan["passes"]
     return sum(positions for p in passes for _, positions, _, _ in p["steps"].values())
-
-
-def relative_error(got: Any, want: Any) -> float:
-    worst = 0.0
-    assert pytree.tree_structure(got) == pytree.tree_structure(want)
-    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
-        if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
-            assert a.dtype == b.dtype
-            assert a.shape == b.shape
-            error = (a - b.detach()).abs().max() / b.detach().abs().max().clamp(min=1e-6)
-            worst = max(worst, error.item())
-    return worst
 
 
 def compiled(

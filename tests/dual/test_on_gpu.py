@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 import fastpie
+from dual_cases import relative_error
 from fastpie import DualModel, DualOutput, FastpieError
 from fastpie.dual.gpu import available
 from fastpie.dual.gpu.device import fp32_convolutions
@@ -48,17 +49,6 @@ def compiled(
     model, x = network.build().eval().cuda(), on_gpu(network.inputs(batch))
     dual = DualModel(model, fastpie.prune(model, sparsity, scope="layer")).eval()
     return dual, dual.compile(x if len(x) > 1 else x[0], **kwargs)
-
-
-def relative_error(got: DualOutput, want: DualOutput) -> float:
-    worst = 0.0
-    for a, b in zip(pytree.tree_leaves(got), pytree.tree_leaves(want), strict=True):
-        if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
-            assert a.shape == b.shape
-            assert a.dtype == b.dtype
-            error = (a - b.detach()).abs().max() / b.detach().abs().max().clamp(min=1e-6)
-            worst = max(worst, error.item())
-    return worst
 
 
 def exact(dual: DualModel, x: Any) -> DualOutput:

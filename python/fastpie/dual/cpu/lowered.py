@@ -24,7 +24,8 @@ from fastpie.dual.cpu.plan import (
 )
 from fastpie.dual.cpu.segment import SegmentCompiler
 from fastpie.dual.images import image_values
-from fastpie.dual.program import Program, TensorName, Value, without_batch_sizes
+from fastpie.dual.program import Program, Value, without_batch_sizes
+from fastpie.dual.results import constants_of, fresh_results
 from fastpie.dual.states import ModelState, owners, states_of
 from fastpie.dual.tensor_steps import channels_last
 from fastpie.dual.tuning import Tuner
@@ -144,12 +145,7 @@ class Lowered:
     def _prepare(self, states: list[ModelState], known: Sequence[_Pass] = ()) -> None:
         program = self.program
         self._owners = owners(program, states)
-        self._constants = {
-            name: states[0].tensors[name].clone()
-            for structure in (program.output, program.feature)
-            if structure is not None
-            for name in structure.tensors()
-        }
+        self._constants = constants_of(program, states[0].tensors)
         own = [
             [i for i, step in enumerate(program.steps) if self._owners[step.result][m] == m]
             for m in range(len(states))
@@ -320,7 +316,17 @@ class Lowered:
             with self._lock:
                 self._workspaces.append(workspaces)
         broken = self._broken(inputs, batched) if self.images_apart else None
-        return [self._outputs(values, m, images, broken) for m in range(self._models())]
+        return [
+            fresh_results(
+                self.program,
+                lambda value, m=m: values[value, self._owners[value][m]],  # type: ignore[misc]
+                self._constants,
+                images=images,
+                computed=max(images, 1),
+                broken=broken,
+            )
+            for m in range(self._models())
+        ]
 
     def _broken(self, inputs: Sequence[Tensor], batched: Sequence[Value]) -> Tensor | None:
         """Which images have a NaN, if any has; oneDNN's fused activations make a number of it."""
@@ -339,34 +345,6 @@ class Lowered:
 
     def _allocate(self) -> list[Workspace]:
         return [Workspace(one.codes, self._batch) for one in self.passes]
-
-    def _outputs(
-        self, values: dict[tuple[Value, int], Any], model: int, images: int, broken: Tensor | None
-    ) -> tuple[Any, Any]:
-        """Fresh tensors in the model's own dtype, NaN for images that are `broken`."""
-
-        def fresh(value: Value) -> Any:
-            x = values[value, self._owners[value][model]]
-            if not isinstance(x, Tensor):
-                return x
-            meta = self.program.meta.get(value)
-            if images == 0 and meta is not None and None in meta.shape[:1]:
-                x = x[:0]
-            x = x.clone() if meta is None else x.to(meta.dtype, copy=True)
-            if broken is not None and x.is_floating_point():
-                x[broken] = torch.nan
-            return x
-
-        found = {value: fresh(value) for value in self.program.outputs()}
-
-        def lookup(name: TensorName) -> Tensor:
-            return self._constants[name].clone()
-
-        output = self.program.output.build(found, lookup)
-        feature = self.program.feature
-        # What the feature shares with the output must not share memory.
-        again = {value: fresh(value) for value in feature.values()} if feature else {}
-        return output, feature.build(again, lookup) if feature else None
 
     def report(self, args: tuple[Any, ...], names: Sequence[str]) -> list[dict[str, Any]]:
         """Share out the time of each pass to its layers; see DualEngine.report."""

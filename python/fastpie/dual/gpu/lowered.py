@@ -16,7 +16,8 @@ from fastpie.dual.gpu.device import Device, Key, Launch, fp32_convolutions, tf32
 from fastpie.dual.gpu.kernels import Family
 from fastpie.dual.gpu.plan import Group, Kernels, Plan, Segment, plans_of
 from fastpie.dual.images import final_values, image_values
-from fastpie.dual.program import Linear, Program, Step, TensorName, Value, without_batch_sizes
+from fastpie.dual.program import Linear, Program, Step, Value, without_batch_sizes
+from fastpie.dual.results import constants_of, fresh_results
 from fastpie.dual.states import ModelState, owners, states_of
 from fastpie.dual.tensor_steps import TensorStep, channels_last, tensor_step
 from fastpie.dual.tuning import Tuner
@@ -223,12 +224,7 @@ class GpuLowered:
         self._states = states
         self._owners = owners(program, states)
         self._lock = threading.Lock()
-        self._constants = {
-            name: states[0].tensors[name].clone()
-            for structure in (program.output, program.feature)
-            if structure is not None
-            for name in structure.tensors()
-        }
+        self._constants = constants_of(program, states[0].tensors)
         self._device.enter()
         with self._issuing(), self._device.stream(0):
             self._input = [self._static_input(value) for value in program.inputs]
@@ -411,8 +407,17 @@ class GpuLowered:
                         broken = self._broken(batched, images)
                 else:
                     results = self._issue_apart(inputs, batched, images)
-                models = range(len(self._states))
-                outputs = [self._outputs(results, m, images, broken) for m in models]
+                outputs = [
+                    fresh_results(
+                        self.program,
+                        lambda value, m=m: results[value, self._owners[value][m]],  # type: ignore[misc]
+                        self._constants,
+                        images=images,
+                        computed=self._batch if as_one else max(images, 1),
+                        broken=broken,
+                    )
+                    for m in range(len(self._states))
+                ]
             self._device.leave(_tensors(outputs))
         return outputs
 
@@ -449,35 +454,6 @@ class GpuLowered:
                 nan = x.isnan().flatten(1).any(1) if x.ndim > 1 else x.isnan()
                 found = nan if found is None else found | nan
         return found
-
-    def _outputs(
-        self, results: Mapping[Key, Any], model: int, images: int, broken: Tensor | None
-    ) -> tuple[Any, Any]:
-        """Fresh tensors in the model's own dtype, NaN for images that are `broken`."""
-
-        def fresh(value: Value) -> Any:
-            x = results[value, self._owners[value][model]]
-            if not isinstance(x, Tensor):
-                return x
-            meta = self.program.meta.get(value)
-            batched = meta is not None and None in meta.shape[:1]
-            if batched and len(x) != images:
-                x = x[:images]
-            x = x.clone() if meta is None else x.to(meta.dtype, copy=True)
-            if broken is not None and batched and x.is_floating_point():
-                x.masked_fill_(broken.view(-1, *(1,) * (x.ndim - 1)), torch.nan)
-            return x
-
-        found = {value: fresh(value) for value in self.program.outputs()}
-
-        def lookup(name: TensorName) -> Tensor:
-            return self._constants[name].clone()
-
-        output = self.program.output.build(found, lookup)
-        feature = self.program.feature
-        # What the feature shares with the output must not share memory.
-        again = {value: fresh(value) for value in feature.values()} if feature else {}
-        return output, feature.build(again, lookup) if feature else None
 
     def report(self, args: tuple[Any, ...], names: Sequence[str]) -> list[dict[str, Any]]:
         """Share out the time of the graph to its launches; see DualEngine.report."""
