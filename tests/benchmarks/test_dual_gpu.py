@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_dual_gpu
+from benchmarks import bench_dual_gpu, gpu_roofline
 from fake_gpu import FakeDevice, families
 from fastpie.dual.gpu import available
 
@@ -67,3 +67,15 @@ def test_a_layer_bound_by_bytes_reaches_their_roofline() -> None:
 def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_dual_gpu.main([]) == 1
     assert "No GPU here" in capsys.readouterr().out
+
+
+def test_floors_count_each_activation_once() -> None:
+    by_name = {str(f.layer): f for f in gpu_roofline.floors("resnet50", 2)}
+    floor = by_name["1x1-64to256-at-56x56"]
+    pixels = 2 * 56 * 56
+    assert floor.bytes == 2 * (2 * pixels * (64 + 256) + 64 * 256)
+    assert floor.flops == 2 * 2 * pixels * 64 * 256
+    assert floor.seconds == floor.seconds_of_bytes
+    assert by_name["3x3-512to512-at-7x7"].flops == 2 * 2 * 2 * 49 * 512 * 512 * 9
+    dense = sum(f.flops * f.layer.count for f in by_name.values()) / 2 / 2 / 2
+    assert dense == pytest.approx(4.09e9, rel=0.01)  # multiply-adds of ResNet-50
