@@ -163,9 +163,7 @@ class Contest:
             _say(f"  {provider}: ready after {self.seconds_to_compile[provider]:.1f} s")
 
     def _fastpie(self) -> None:
-        engine = self.dual.compile(
-            self.inputs[0], precision=self.precision, backend=self._backend()
-        )
+        engine = self.dual.compile(self.inputs[0], precision=self.precision, backend=self.backend)
         self.engine = engine
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,14 +173,11 @@ class Contest:
         self.forwards["fastpie"] = forward
         self.passes["fastpie-dual"] = scored(forward)
 
-    def _backend(self) -> str:
-        return "auto" if self.device.type == "cuda" else "cuda"  # "cuda": what a test put there
-
     def _own_dense(self) -> None:
         """Twice our own dense model: what the dual form saves over the engine itself."""
         none = fastpie.prune(self.dual.model, 0.0)
         engine = fastpie.DualModel(self.dual.model, none).eval()
-        compiled = engine.compile(self.inputs[0], precision=self.precision, backend=self._backend())
+        compiled = engine.compile(self.inputs[0], precision=self.precision, backend=self.backend)
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
             return compiled(x).dense, compiled(x).dense
@@ -256,7 +251,7 @@ def channels_last(ndim: int) -> torch.memory_format:
 def measure(case: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every provider on one case; rows for the results file."""
     device = torch.device(options.device)
-    contest = Contest(case, options.providers, device)
+    contest = Contest(case, options.providers, device, options.backend)
     errors = contest.check()
     clock, telemetry = Clock(device), Telemetry(device)
     turns = {}
@@ -321,7 +316,7 @@ def with_rates(report: list[dict[str, Any]], precision: str) -> list[dict[str, A
 
 def identity(row: dict[str, Any]) -> list[Any]:
     """What tells rows of the results file apart."""
-    keys = ("network", "batch", "size", "precision", "sparsity", "scope", "kind")
+    keys = ("network", "batch", "size", "precision", "sparsity", "scope", "kind", "backend")
     return [row[key] for key in keys] + [row["provider"], row.get("baseline")]
 
 
@@ -341,6 +336,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--repeats", type=int, default=15, help="rounds at most")
     add("--seconds", type=float, default=30.0, help="begin no round after this long, once five")
     add("--device", default="cuda")
+    add("--backend", default="auto", help='of the engine; "cuda" saves minutes of compiling Triton')
     add("--out", type=Path, help="folder of the results file")
     return parser.parse_args(arguments)
 
@@ -363,6 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sparsity": sparsity,
             "scope": options.scope,
             "kind": options.kind,
+            "backend": options.backend,
         }
         _say(", ".join(f"{key} {value}" for key, value in case.items()))
         rows = measure(case, options)

@@ -29,11 +29,11 @@ HARDEST = 0.05
 
 
 def scores(
-    dual: fastpie.DualModel, images: Tensor, batch: int, precision: str, device: str
+    dual: fastpie.DualModel, images: Tensor, batch: int, precision: str, device: str, backend: str
 ) -> Tensor:
     """Js of each image."""
     dual = dual.to(device)
-    engine = dual.compile(images[:batch].to(device), precision=precision)
+    engine = dual.compile(images[:batch].to(device), precision=precision, backend=backend)
     found = []
     for part in images.split(batch):
         out = engine(part.to(device))
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, default=64, help="of an image")
     parser.add_argument("--batch", type=int, default=250)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--backend", default="cuda", help="of the engine on the device")
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16", "fp16"])
     parser.add_argument("--out", type=Path, help="folder of the results file")
     options = parser.parse_args(arguments)
@@ -71,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = torch.randn(options.images, *size, generator=generator)
     # Images of different contrast and sharpness, so that they are not all equally hard.
     images *= torch.rand(options.images, 1, 1, 1, generator=generator) + 0.5
-    want = scores(dual, images, options.batch, "fp32", "cpu")
+    want = scores(dual, images, options.batch, "fp32", "cpu", "cpu")
     rows: list[dict[str, Any]] = []
     for precision in options.precision:
-        got = scores(dual, images, options.batch, precision, options.device)
+        got = scores(dual, images, options.batch, precision, options.device, options.backend)
         rows.append(
             {
                 "network": options.network,

@@ -96,9 +96,10 @@ bench() {
 bench agreement 60 benchmarks.gpu_agreement
 bench disagreement 40 benchmarks.bench_disagreement_gpu
 bench top-k 20 benchmarks.bench_top_k_gpu
-bench dual-forward 90 benchmarks.bench_dual_gpu --batches 256 --providers fastpie own-dense eager
-# torch.compile(max-autotune) may take minutes; the engine's choices are remembered by now.
-bench dual-forward-compile 120 benchmarks.bench_dual_gpu --batches 256
+# Without Triton first, whose kernels take minutes to compile; then everything, if there is time.
+bench dual-forward 60 benchmarks.bench_dual_gpu --batches 256 --backend cuda \
+  --providers fastpie own-dense eager
+bench dual-forward-all 150 benchmarks.bench_dual_gpu --batches 256
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf '\nFAILED: %s\n' "${failed[*]}"

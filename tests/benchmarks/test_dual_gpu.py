@@ -23,6 +23,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 ARGUMENTS = [
     "--networks", "tiny", "--batches", "2", "--precision", "fp32", "bf16", "--repeats", "1",
     "--providers", "fastpie", "own-dense", "eager", "--device", "cpu",
+    "--backend", "cuda",
 ]  # fmt: skip
 
 
