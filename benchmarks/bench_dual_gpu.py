@@ -128,9 +128,10 @@ class Contest:
     """
 
     def __init__(
-        self, case: dict[str, Any], providers: Sequence[str], device: torch.device
+        self, case: dict[str, Any], providers: Sequence[str], device: torch.device, backend: str
     ) -> None:
         """Build and compile; the first call of each is made here."""
+        self.backend = backend
         model, _ = networks.build(case["network"])
         masks = networks.masks_for(model, case["sparsity"], case["scope"], case["kind"])
         self.dual = fastpie.DualModel(model, masks)
