@@ -95,8 +95,13 @@ class Telemetry:
             return
         import pynvml
 
-        watts = pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
-        megahertz = pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM)
+        try:
+            watts = pynvml.nvmlDeviceGetPowerUsage(self._handle) / 1e3
+            megahertz = pynvml.nvmlDeviceGetClockInfo(self._handle, pynvml.NVML_CLOCK_SM)
+        except pynvml.NVMLError as error:
+            _say(f"power and clocks cannot be read: {error}")
+            self._handle = None
+            return
         self.seen.setdefault(provider, []).append((watts, megahertz))
 
     def of(self, provider: str) -> dict[str, float] | None:
@@ -227,7 +232,7 @@ class Contest:
         """
         x = self.inputs[0]
         some = slice(0, min(len(x), 8))
-        with torch.no_grad(), fp32_convolutions(allow_tf32=False):
+        with fp32_convolutions(allow_tf32=False):
             want = self.dual(x[some])
         errors = {}
         for provider, forward in self.forwards.items():
@@ -249,6 +254,7 @@ def channels_last(ndim: int) -> torch.memory_format:
     return formats.get(ndim, torch.contiguous_format)
 
 
+@torch.no_grad()
 def measure(case: dict[str, Any], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every provider on one case; rows for the results file."""
     device = torch.device(options.device)

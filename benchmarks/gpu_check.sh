@@ -15,11 +15,20 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 BUILD=${BUILD:-$PWD/build/gpu-check}
 SITE=$BUILD/site
-LOGS=${OUT:-$BUILD}
+LOGS=$BUILD/logs
 mkdir -p "$BUILD" "$LOGS"
 
 step() { printf '\n== %s (after %s s)\n' "$*" "$SECONDS"; }
 left() { echo $((${SECONDS_IN_ALL:-540} - SECONDS)); }
+# capped N: N seconds, or fewer where less is left.
+capped() {
+  local seconds
+  seconds=$(left)
+  echo $((seconds < $1 ? (seconds > 5 ? seconds : 5) : $1))
+}
+# All logs as one file: the machine may give back few.
+trap 'tar -czf "${OUT:-$BUILD}/gpu-check-logs.tgz" -C "$LOGS" .' EXIT
+failed=()
 
 step "build into $SITE"
 rm -rf "$SITE"
@@ -41,7 +50,7 @@ assert _C.cuda_architectures is not None, "built without CUDA kernels: is nvcc o
 print(f"fastpie of {fastpie.__file__}")
 print(f"torch {torch.__version__}, kernels for {_C.cuda_architectures} by CUDA {_C.cuda_version}")
 PYTHON_CODE
-"$PYTHON" -m pytest -q -p no:cacheprovider tests/csrc/test_cuda_build.py
+"$PYTHON" -m pytest -q -p no:cacheprovider tests/csrc/test_cuda_build.py || failed+=("cuda build")
 
 step "GPU"
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -51,34 +60,14 @@ fi
 "$PYTHON" -c 'import torch; print(torch.cuda.get_device_name(), torch.cuda.get_device_capability())'
 
 # Everything below runs even if one part fails: a machine with a GPU is dear.
-failed=()
-
 step "tests"
+# Compiling engines is the CPU's work.
+parallel=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 6 -p no:benchmark); fi
 # Only the files with such tests: others import packages that a GPU machine need not have.
 grep -rl --include='*.py' 'mark\.cuda' tests | sort \
-  | xargs timeout 240 "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda 2>&1 \
+  | xargs timeout "$(capped 200)" "$PYTHON" -m pytest -q -p no:cacheprovider -m cuda "${parallel[@]}" 2>&1 \
   | tee "$LOGS/gpu-tests.log" || failed+=("tests")
-
-step "compute-sanitizer"
-sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null \
-  | head -n 1 || true)
-if [ -z "$sanitizer" ]; then
-  echo "compute-sanitizer is not here: not checked."
-else
-  for tool in memcheck racecheck; do
-    log=$LOGS/$tool.log
-    if PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 240 "$sanitizer" --tool "$tool" \
-        --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_launches > "$log" 2>&1; then
-      echo "$tool: $(tail -n 1 "$log")"
-    elif grep -q -i "not supported\|LibraryNotLoaded" "$log"; then
-      echo "$tool: this machine does not let the tool in (see $log): not checked."
-    else
-      echo "$tool: FAILED"
-      tail -n 20 "$log"
-      failed+=("$tool")
-    fi
-  done
-fi
 
 # bench NAME LEAST COMMAND...: run unless fewer than LEAST seconds are left.
 bench() {
@@ -89,8 +78,13 @@ bench() {
     echo "left out: $(left) s are left, it may take $least"
     return
   fi
-  timeout "$(left)" "$PYTHON" -m "$@" 2> "$LOGS/$name.log" \
-    || { tail -n 30 "$LOGS/$name.log"; failed+=("$name"); }
+  local status=0
+  timeout "$(left)" "$PYTHON" -m "$@" 2> "$LOGS/$name.log" || status=$?
+  case $status in
+    0) ;;
+    124) echo "stopped: the time is up" ;;
+    *) tail -n 30 "$LOGS/$name.log"; failed+=("$name") ;;
+  esac
 }
 # The short ones first; the table of the last is what the end of the output shows.
 bench agreement 60 benchmarks.gpu_agreement
@@ -99,6 +93,33 @@ bench top-k 20 benchmarks.bench_top_k_gpu
 # Without Triton first, whose kernels take minutes to compile; then everything, if there is time.
 bench dual-forward 60 benchmarks.bench_dual_gpu --batches 256 --backend cuda \
   --providers fastpie own-dense eager
+step "compute-sanitizer"
+sanitizer=$(command -v compute-sanitizer || ls /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null \
+  | head -n 1 || true)
+if [ -z "$sanitizer" ]; then
+  echo "compute-sanitizer is not here: not checked."
+else
+  for tool in memcheck racecheck; do
+    log=$LOGS/$tool.log
+    quiet=()
+    # torch and the driver ask for symbols that need not exist.
+    if [ "$tool" = memcheck ]; then quiet=(--report-api-errors no); fi
+    if PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$(capped 90)" "$sanitizer" --tool "$tool" \
+        "${quiet[@]}" \
+        --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_launches > "$log" 2>&1; then
+      echo "$tool: $(tail -n 1 "$log")"
+    elif grep -q -i "not supported\|LibraryNotLoaded" "$log"; then
+      echo "$tool: this machine does not let the tool in (see $log): not checked."
+    elif [ "$(left)" -lt 1 ]; then
+      echo "$tool: the time is up: not checked."
+    else
+      echo "$tool: FAILED"
+      tail -n 20 "$log"
+      failed+=("$tool")
+    fi
+  done
+fi
+
 bench dual-forward-all 150 benchmarks.bench_dual_gpu --batches 256
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -669,3 +669,25 @@ def test_liveness_and_views() -> None:
     assert conv2d.tensors() == ["a.weight", "a.bias"]
     assert all(isinstance(v, Value) for v in program.meta)
     assert str(program).splitlines()[1].startswith(f"{conv2d.result} = Convolution [a/conv2d]")
+
+
+class _Scaled(nn.Module):
+    """Makes a constant in its forward and casts it to what the input is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * torch.tensor([1, 2, 3]).to(x.device, x.dtype).view(1, 3, 1, 1)
+
+
+def test_a_cast_of_a_constant_is_done_once() -> None:
+    model, x = _Scaled().eval(), torch.randn(2, 3, 4, 5)
+    program = capture(model, (x,))
+    called = [str(step.target) for step in program.steps if isinstance(step, Call)]
+    assert called == ["aten.mul.Tensor"]
+    assert {t.dtype for t in program.constants.values()} == {torch.float32}
+    tensors = {**dict(model.named_parameters()), **program.constants}
+    got, _ = interpret(program, [x], tensors.__getitem__)
+    torch.testing.assert_close(got, model(x))

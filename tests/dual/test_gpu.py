@@ -269,6 +269,22 @@ def test_refresh_takes_new_weights_and_masks(network: Network, form: str) -> Non
     assert relative_error(engine(*x), dual(*x)) < 1e-5
 
 
+@networks
+@pytest.mark.parametrize("backend", ["cuda", "cpu"])
+def test_an_engine_is_a_snapshot(network: Network, backend: str, gpu: FakeDevice) -> None:
+    model, x = network.build().eval(), network.inputs(3)
+    dual = DualModel(model, fastpie.prune(model, 0.5)).eval()
+    engine = dual.compile(x if len(x) > 1 else x[0], backend=backend)
+    before = engine(*x)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(0.1)
+    after = engine(*x)
+    for a, b in zip(pytree.tree_leaves(after), pytree.tree_leaves(before), strict=True):
+        assert not isinstance(a, Tensor) or torch.equal(a, b)
+
+
 def test_refresh_with_another_prefix_plans_again(gpu: FakeDevice) -> None:
     model, (x,) = RESIDUAL.build().eval(), RESIDUAL.inputs(4)
     drawn = model.stem.weight.detach().clone()

@@ -591,6 +591,9 @@ class _Reader:
         if self._is_copy(node, target):
             self.operands[self._first(node)] = self._operand(node.all_input_nodes[0])
             return
+        if self._is_cast_of_constant(node, target):
+            self._add_cast_constant(node, target)
+            return
         target = _OF_ANY_LAYOUT.get(target, target)
         value = Value(node.name)
         args, kwargs = map_leaves(
@@ -638,6 +641,25 @@ class _Reader:
             and (before.dtype, before.device, before.layout)
             == (after.dtype, after.device, after.layout)
         )
+
+    def _is_cast_of_constant(self, node: fx.Node, target: Any) -> bool:
+        """As `torch.tensor(...).to(x)` in a model's code is: done once and for all, here."""
+        sources = [self._operand(source) for source in node.all_input_nodes]
+        return target in _CASTS and len(sources) == 1 and sources[0] in self.constants
+
+    def _add_cast_constant(self, node: fx.Node, target: Any) -> None:
+        args, kwargs = map_leaves(
+            (tuple(node.args), dict(node.kwargs)),
+            lambda leaf: self.constants[self._operand(leaf)] if isinstance(leaf, fx.Node) else leaf,
+        )
+        name = TensorName(node.name)
+        while name in self.constants or name in self.canonical:
+            name = TensorName(f"{name}_")
+        with torch.no_grad():
+            self.constants[name] = target(*args, **kwargs)
+        self.kinds[name] = "constant"
+        self.facts.tensor_shapes[name] = tuple(self.constants[name].shape)
+        self.operands[self._first(node)] = name
 
     def _refuse_random(self) -> None:
         for call in self.calls:

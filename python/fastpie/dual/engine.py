@@ -107,7 +107,8 @@ class DualEngine:
                     feature_module=self._source.feature_module,
                 )
                 lowered = (self._source, program, self.batch, self.precision)
-                with torch.no_grad():
+                # Tensors of an inference mode could not be written to outside it.
+                with torch.inference_mode(False), torch.no_grad():
                     if self._backend == "cpu":
                         return Lowered(*lowered, plan)
                     gpu = available.device_of(device)
@@ -133,7 +134,7 @@ class DualEngine:
         dual = _frozen(self._source)
         if masks is not None:
             dual.masks = masks
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             program = self._program.refreshed(dual)
         self._check(program, dual, min(self.batch, _CHECKED))
         self._program = program

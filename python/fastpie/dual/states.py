@@ -52,18 +52,29 @@ class ModelState:
 
 
 def states_of(dual: DualModel, program: Program) -> list[ModelState]:
-    """One state for the dense model and one for each level, sharing what they have in common."""
-    tensors: dict[str, Tensor] = {str(k): v for k, v in program.constants.items()}
+    """One state for the dense model and one for each level, sharing what they have in common.
+
+    The tensors are copies: later changes of the model do not show in them.
+    """
+    copies: dict[int, Tensor] = {}  # by the tensor's id: one copy of what several modules share
+
+    def copied(tensor: Tensor) -> Tensor:
+        if id(tensor) not in copies:
+            copies[id(tensor)] = tensor.detach().clone()
+        return copies[id(tensor)]
+
+    tensors = {str(name): copied(tensor) for name, tensor in program.constants.items()}
     for name, tensor in (
         *dual.model.named_parameters(remove_duplicate=False),
         *dual.model.named_buffers(remove_duplicate=False),
     ):
-        tensors[name] = tensor.detach()
+        tensors[name] = copied(tensor)
     states = [ModelState(tensors, {})]
     for level in range(len(dual.sparsities)):
         keep = {name: codes > level for name, codes in dual.levels()}
         keep = {name: mask for name, mask in keep.items() if not mask.all()}
-        states.append(ModelState({**tensors, **dual.statistics(level)}, keep))
+        own = {name: copied(tensor) for name, tensor in dual.statistics(level).items()}
+        states.append(ModelState({**tensors, **own}, keep))
     return states
 
 

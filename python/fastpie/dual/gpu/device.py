@@ -22,7 +22,11 @@ __all__ = ["CudaDevice", "Device", "Key", "Launch", "fp32_convolutions", "tf32_a
 
 _FLUSH_BYTES = 256 << 20
 """Written before each timed call: several times the largest L2 (60 MB on an H200), so that inputs
-come from memory, and 60 us of work behind which the CPU queues the launches of the call."""
+come from memory."""
+
+_HEAD_START = 2_000_000
+"""Cycles, about 1 ms, that the GPU waits before a timed call, so that the CPU has queued all its
+launches by then: in a graph they cost nothing, and Python needs 10 to 200 us for one."""
 
 _REPEATS = 9
 _WARM_UP = 2
@@ -151,6 +155,7 @@ class CudaDevice:
             times = []
             for _ in range(_REPEATS):
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(_HEAD_START)
                 flush.zero_()
                 start.record()
                 call()
@@ -171,8 +176,15 @@ class CudaDevice:
         capture = torch.cuda.graph(
             graph, stream=self._streams[0], capture_error_mode="thread_local"
         )
-        with torch.cuda.device(self.torch_device), capture:
-            call()
+        with torch.cuda.device(self.torch_device):
+            # cuBLAS's workspace belongs to the stream and may be freed (torch.compile does); one
+            # that is made during the capture belongs to the graph.
+            torch._C._cuda_clearCublasWorkspaces()
+            try:
+                with capture:
+                    call()
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
 
         def replay() -> None:
             with self.stream(0):

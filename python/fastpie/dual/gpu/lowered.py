@@ -86,8 +86,9 @@ class _Issued:
         for other in others - {launch.stream}:
             self._device.wait(launch.stream, other)
         for key in launch.reads:
-            if self._made_on.get(key, 0) != launch.stream and isinstance(values[key], Tensor):
-                self._device.hold(values[key], launch.stream)
+            if self._made_on.get(key, 0) != launch.stream:
+                for tensor in _tensors(values[key]):
+                    self._device.hold(tensor, launch.stream)
 
     def in_micro_batches(
         self, part: _Part, values: dict[Key, Any], micro: int, images: int
@@ -167,6 +168,7 @@ class GpuLowered:
         self._device, self._families = device, families
         self._allow_tf32 = tf32_allowed()
         self._tuner = Tuner(device.scope, device.seconds)
+        self._lock = threading.Lock()  # of the streams, which a refreshed engine has as well
         self._prepare(states_of(dual, self.program), None if plan is None else self._known(plan))
         self._tuner.save()
 
@@ -215,6 +217,7 @@ class GpuLowered:
         fresh.program, fresh._batch, fresh._dtype = self.program, self._batch, self._dtype
         fresh._device, fresh._families = self._device, self._families
         fresh._allow_tf32, fresh._tuner = self._allow_tf32, self._tuner
+        fresh._lock = self._lock
         fresh._prepare(states_of(dual, self.program), self._plan)
         fresh._tuner.save()
         return fresh
@@ -223,10 +226,9 @@ class GpuLowered:
         program = self.program
         self._states = states
         self._owners = owners(program, states)
-        self._lock = threading.Lock()
         self._constants = constants_of(program, states[0].tensors)
         self._device.enter()
-        with self._issuing(), self._device.stream(0):
+        with self._lock, self._issuing(), self._device.stream(0):
             self._input = [self._static_input(value) for value in program.inputs]
             self._kernels = Kernels(
                 program, states, self._device, self._families, self._tuner, self._batch,
