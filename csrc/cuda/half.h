@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cuda/mma.h"
+#include "cuda/wgmma.h"
 
 namespace fastpie::cuda {
 
@@ -27,6 +28,11 @@ struct BFloat16 {
                                              const std::uint32_t (&b)[2]) {
     mma_bf16(d, a, b);
   }
+  template <int kColumns>
+  static __device__ __forceinline__ void wgmma(float (&d)[kColumns][4], const std::uint32_t (&a)[4],
+                                               std::uint64_t b) {
+    wgmma_bf16(d, a, b);
+  }
 };
 
 struct Float16 {
@@ -45,6 +51,11 @@ struct Float16 {
   static __device__ __forceinline__ void mma(float (&d)[4], const std::uint32_t (&a)[4],
                                              const std::uint32_t (&b)[2]) {
     mma_fp16(d, a, b);
+  }
+  template <int kColumns>
+  static __device__ __forceinline__ void wgmma(float (&d)[kColumns][4], const std::uint32_t (&a)[4],
+                                               std::uint64_t b) {
+    wgmma_fp16(d, a, b);
   }
 };
 

@@ -74,15 +74,20 @@ def _reverse(kind: str, mistaken: bool, words: int = 128) -> bool:
     return torch.equal(y.view(-1, 128), x.view(-1, 128).flip(1))
 
 
-WRONG_RESULT = ["missing_barrier", "missing_warp_barrier", "missing_wait", "early_copy"]
+WRONG_RESULT = [
+    *("missing_barrier", "missing_warp_barrier", "missing_wait", "early_copy"),
+    *("wgmma_no_wait", "wgmma_early_fragment", "wgmma_early_operand"),
+]
 SANITIZER = ["global_overflow", "static_overflow", "dynamic_overflow"]
-WAITS_FOR_EVER = {
+REPORTED = {
     "divergence": r"no thread can go on.*wait at __s.*wait at __s",
     "not_in_mask": r"block \(\d, 0, 0\), thread \d+: the lane is not in the mask",
+    "wgmma_no_fence": r"wgmma without wgmma\.fence",
+    "wgmma_no_proxy_fence": r"wgmma of a copy that no fence\.proxy\.async has followed",
 }
 
 
-@pytest.mark.parametrize("kind", [*WRONG_RESULT, *SANITIZER, *WAITS_FOR_EVER])
+@pytest.mark.parametrize("kind", [*WRONG_RESULT, *SANITIZER, *REPORTED])
 def test_right_kernels_are_right(seed: int, kind: str) -> None:
     assert _reverse(kind, mistaken=False, words=384)
 
@@ -92,9 +97,9 @@ def test_missing_synchronisation_gives_a_wrong_result(seed: int, kind: str) -> N
     assert not _reverse(kind, mistaken=True)
 
 
-@pytest.mark.parametrize("kind", WAITS_FOR_EVER)
-def test_threads_that_wait_for_ever_are_reported(seed: int, kind: str) -> None:
-    with pytest.raises(FastpieError, match=WAITS_FOR_EVER[kind]):
+@pytest.mark.parametrize("kind", REPORTED)
+def test_what_cannot_go_on_is_reported(seed: int, kind: str) -> None:
+    with pytest.raises(FastpieError, match=REPORTED[kind]):
         _reverse(kind, mistaken=True)
     assert _reverse(kind, mistaken=False)  # and what follows is not disturbed
 

@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -145,11 +146,13 @@ struct Thread {
   int value;  // of the barrier: what it brings, then the sum
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open_group;
+  std::vector<std::size_t> unfenced;  // places in `unfenced_by`
 };
 
 struct Warp {
   unsigned live;     // lanes that have not returned
   unsigned waiting;  // lanes that wait in a collective
+  std::shared_ptr<void> state;
 };
 
 std::mutex one_launch;
@@ -164,6 +167,9 @@ const std::function<void()>* body;
 std::string failure;
 bool failed;
 std::vector<void*> shared_seen;
+// For each 16 bytes of dynamic shared memory: the thread, counted from 1, whose copy lies there
+// without a fence since then.
+std::array<unsigned, kMaxShared / 16> unfenced_by;
 std::uint64_t random_state;
 
 std::uint64_t random_below(std::uint64_t limit) {  // splitmix64
@@ -261,12 +267,14 @@ void run_block() {
   shared_seen.clear();
   ready.clear();
   returned = at_barrier = 0;
+  unfenced_by.fill(0);
   for (Warp& warp : warps) warp = {};
   for (Thread& thread : threads) {
     warps[thread.number / kWarp].live |= 1u << thread.number % kWarp;
     prepare(thread.fiber, run_thread);
     thread.groups.clear();
     thread.open_group.clear();
+    thread.unfenced.clear();
     make_ready(&thread);
   }
   while (!ready.empty() && !failed) {
@@ -291,6 +299,10 @@ void run_block() {
 // ---------------------------------------------------------------------------- what threads call
 
 unsigned lane() { return current->number % kWarp; }
+
+unsigned warp_number() { return current->number / kWarp; }
+
+std::shared_ptr<void>& warp_state(unsigned warp) { return warps[warp].state; }
 
 void fail(const char* message) {
   failure = "block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
@@ -352,9 +364,28 @@ void copy_wait(unsigned pending_groups) {
       unsigned char* const to = static_cast<unsigned char*>(copy.destination);
       if (copy.source_bytes != 0) std::memcpy(to, copy.source, copy.source_bytes);
       std::memset(to + copy.source_bytes, 0, copy.bytes - copy.source_bytes);
+      if (to < dynamic_shared || to >= dynamic_shared + kMaxShared) continue;
+      const std::size_t place = shared_address(to) / 16;
+      unfenced_by[place] = current->number + 1;
+      current->unfenced.push_back(place);
     }
     current->groups.pop_front();
   }
+}
+
+void fence_for_products() {
+  for (const std::size_t place : current->unfenced) {
+    if (unfenced_by[place] == current->number + 1) unfenced_by[place] = 0;
+  }
+  current->unfenced.clear();
+}
+
+bool is_fenced_for_products(std::size_t shared_address) {
+  return unfenced_by[shared_address / 16] == 0;
+}
+
+std::size_t shared_address(const void* shared) {
+  return static_cast<std::size_t>(static_cast<const unsigned char*>(shared) - dynamic_shared);
 }
 
 // ---------------------------------------------------------------------------- launches

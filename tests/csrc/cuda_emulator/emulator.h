@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 
 struct uint3 {
   unsigned x, y, z;
@@ -22,7 +23,8 @@ constexpr int warpSize = 32;
 namespace cuda_emulator {
 
 constexpr unsigned kWarp = 32;
-constexpr std::size_t kMaxShared = 99 * 1024;  // of compute capability 8.6, 8.9 and 12.0
+constexpr std::size_t kMaxShared = 227 * 1024;      // of compute capability 9.0
+constexpr std::size_t kSmallestShared = 99 * 1024;  // of 8.6, 8.9 and 12.0
 constexpr std::size_t kDefaultShared = 48 * 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN as a float of any width
 
@@ -38,7 +40,11 @@ void shared_variable(void* address, std::size_t bytes);
 const char* launch(const dim3& grid, const dim3& block, std::size_t shared,
                    const std::function<void()>& body);
 
-unsigned lane();  // of the thread that runs
+unsigned lane();         // of the thread that runs
+unsigned warp_number();  // its warp's
+
+// What an instruction keeps about a warp of the block that runs; null when the block begins.
+std::shared_ptr<void>& warp_state(unsigned warp);
 
 // The thread that runs waits for all other lanes of `mask` to call this with the same `what` and
 // `mask`; the last one calls `finish` with the operands of all. Lanes that have returned from the
@@ -57,5 +63,11 @@ int barrier(const char* what, int value);
 void copy_async(void* destination, const void* source, std::size_t bytes, std::size_t source_bytes);
 void copy_commit();
 void copy_wait(unsigned pending_groups);
+
+// Tensor cores that read shared memory themselves see what a thread's copies have brought, from its
+// next fence on.
+void fence_for_products();
+bool is_fenced_for_products(std::size_t shared_address);
+std::size_t shared_address(const void* shared);  // offset in the dynamic shared memory
 
 }  // namespace cuda_emulator
