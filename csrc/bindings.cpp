@@ -523,7 +523,7 @@ using NhwcTile = std::array<int, 7>;
 
 std::vector<NhwcTile> masked_conv_nhwc_tiles() {
   std::vector<NhwcTile> tiles;
-  for (int i = 0; i < cuda::kMaskedConvNhwcTiles; ++i) {
+  for (int i = 0; i < cuda::masked_conv_nhwc_tiles(); ++i) {
     const cuda::MaskedConvNhwcTile tile = cuda::masked_conv_nhwc_tile(i);
     tiles.push_back({tile.filters, tile.pixels, tile.depth, tile.warps, tile.stages,
                      tile.shared_bytes, tile.separate_shared_bytes});
@@ -578,7 +578,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("masked_conv_nhwc_cuda", &masked_conv_nhwc_cuda);
   m.def("masked_conv_nhwc_tiles", &masked_conv_nhwc_tiles,
         "[filters, pixels, depth, warps, stages, bytes of shared memory for one input, and for "
-        "two] of each tile.");
+        "two] of each tile that the current device has.");
 #else
   m.attr("cuda_architectures") = py::none();
 #endif

@@ -153,6 +153,7 @@ using Tile1 = Tile<64,    64,   32,   32, 32,      4,   4, 3>;
 using Tile2 = Tile<64,   128,   32,   32, 32,      4,   2, 1>;
 using Tile3 = Tile<32,    32,   64,   16, 16,      3,   5, 4>;
 // clang-format on
+constexpr int kTiles = 4;
 using GeneralTile = Tile1;  // for inputs that are read element by element
 
 template <typename T>
@@ -174,17 +175,19 @@ bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(addr
 
 }  // namespace
 
+int masked_conv_nhwc_tiles() { return kTiles + masked_conv_nhwc_hopper_tiles(); }
+
 MaskedConvNhwcTile masked_conv_nhwc_tile(int index) {
-  constexpr MaskedConvNhwcTile kTiles[kMaskedConvNhwcTiles] = {
-      describe<Tile0>(), describe<Tile1>(), describe<Tile2>(), describe<Tile3>()};
-  return kTiles[index];
+  constexpr MaskedConvNhwcTile kDescribed[kTiles] = {describe<Tile0>(), describe<Tile1>(),
+                                                     describe<Tile2>(), describe<Tile3>()};
+  return index < kTiles ? kDescribed[index] : masked_conv_nhwc_hopper_tile(index - kTiles);
 }
 
 Status masked_conv_nhwc(const MaskedConvNhwcArgs& args, int tile, void* stream) {
   if (args.dtype != DType::kBFloat16 && args.dtype != DType::kFloat16) {
     return {"Expected bf16 or fp16"};
   }
-  if (tile < 0 || tile >= kMaskedConvNhwcTiles) return {"Expected a tile that exists"};
+  if (tile < 0 || tile >= masked_conv_nhwc_tiles()) return {"Expected a tile that exists"};
   ConvProblem p{};
   std::int64_t taps = 1;
   std::int64_t pixels = args.images;
@@ -232,6 +235,9 @@ Status masked_conv_nhwc(const MaskedConvNhwcArgs& args, int tile, void* stream) 
   if (args.model_count == 2 && p.models[1].mask == nullptr) std::swap(p.models[0], p.models[1]);
   if (depthwise) return masked_conv_nhwc_depthwise(p, args.dtype, args.model_count, stream);
   const int groups = static_cast<int>(args.groups);
+  if (tile >= kTiles && p.vector_input) {
+    return masked_conv_nhwc_hopper(p, args.dtype, groups, args.model_count, tile - kTiles, stream);
+  }
   if (args.dtype == DType::kBFloat16) {
     return launch<BFloat16>(p, groups, args.model_count, tile, stream);
   }

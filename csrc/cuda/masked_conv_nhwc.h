@@ -99,4 +99,11 @@ __device__ __forceinline__ void conv_scale_and_bias(const MaskedConvNhwcModel& m
 // One filter for each group, or several, of one channel each: no matrix product.
 Status masked_conv_nhwc_depthwise(const ConvProblem& p, DType dtype, int model_count, void* stream);
 
+// The tiles of Hopper's tensor cores, none where the current device is of another kind. They are
+// for problems with `vector_input`.
+int masked_conv_nhwc_hopper_tiles();
+MaskedConvNhwcTile masked_conv_nhwc_hopper_tile(int index);
+Status masked_conv_nhwc_hopper(const ConvProblem& p, DType dtype, int groups, int model_count,
+                               int tile, void* stream);
+
 }  // namespace fastpie::cuda

@@ -60,6 +60,23 @@ def test_kernels_do_not_spill() -> None:
     assert [name for name, stack, local in kernels if int(stack) or int(local)] == []
 
 
+def test_hopper_kernels_keep_several_products_under_way() -> None:
+    name = "masked_conv_nhwc_hopper_kernel"
+    usage = _run("cuobjdump", "--dump-resource-usage", "--gpu-architecture", "sm_90a", _C.__file__)
+    kernels = sorted(set(re.findall(rf"Function (\S*{name}\S*):", usage)))
+    assert kernels
+    code = _run(
+        *("cuobjdump", "--dump-sass", "--gpu-architecture", "sm_90a"),
+        *("--function", ",".join(kernels), _C.__file__),
+    )
+    functions = re.split(r"Function : ", code)[1:]
+    assert len(functions) == len(kernels)
+    for function in functions:
+        assert function.count("HGMMA") >= 4
+        # Where the compiler makes products wait for each other, each has a wait for all of them.
+        assert re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d+)", function) == ["0x3"] * 4 + ["0x0"]
+
+
 def test_says_in_words_why_cuda_cannot_be_used() -> None:
     reason = _C.cuda_unusable_reason()
     assert isinstance(reason, str)

@@ -68,8 +68,8 @@ struct MaskedConvNhwcTile {
   int filters, pixels, depth, warps, stages;
   int shared_bytes, separate_shared_bytes;  // for one input, and for two
 };
-constexpr int kMaskedConvNhwcTiles = 4;
-MaskedConvNhwcTile masked_conv_nhwc_tile(int index);  // 0 <= index < kMaskedConvNhwcTiles
+int masked_conv_nhwc_tiles();  // on the current device: Hopper has tiles of its own, the last ones
+MaskedConvNhwcTile masked_conv_nhwc_tile(int index);  // 0 <= index < masked_conv_nhwc_tiles()
 
 // `dtype` is bf16 or fp16. Any `tile` computes any layer; it counts for layers with more than one
 // channel in a group. Layers whose `channels` are a multiple of 8, and whose inputs and weights are

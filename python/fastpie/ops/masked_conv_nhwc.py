@@ -23,7 +23,7 @@ _DTYPES = {torch.bfloat16: 1, torch.float16: 2}
 
 
 def tiles() -> list[str]:
-    """What each `tile` of `masked_conv_nhwc_cuda` is, in words."""
+    """What each `tile` of `masked_conv_nhwc_cuda` is on the current device, in words."""
     return [
         f"{filters}x{pixels}x{depth}, {warps} warps, {stages} stages"
         for filters, pixels, depth, warps, stages, *_ in _C.masked_conv_nhwc_tiles()
@@ -75,7 +75,7 @@ def masked_conv_nhwc_cuda(
         dilation: of each spatial dimension.
         groups: of channels and filters.
         activation: a name of `fastpie.ops.packing.ACTIVATIONS`, and the slope of leaky_relu.
-        tile: index into `tiles()`; each computes any layer.
+        tile: index into the `tiles()` of the tensors' device; each computes any layer.
 
     Raises:
         FastpieError: where tensors do not fit together, or the kernel cannot be used here.
@@ -88,12 +88,12 @@ def masked_conv_nhwc_cuda(
         raise FastpieError(
             f"Expected `activation` to be one of {sorted(ACTIVATIONS)}, but got {name!r}."
         )
-    if not 0 <= tile < (count := len(tiles())):
-        raise FastpieError(f"Expected `tile` to be from 0 to {count - 1}, but got {tile!r}.")
     columns = zip(inputs, masks, scales, biases, residuals, outputs, strict=True)
     models = [tuple(0 if t is None else t.data_ptr() for t in model) for model in columns]
     on_gpu = weight.device.type == "cuda"
     with torch.cuda.device(weight.device) if on_gpu else contextlib.nullcontext():
+        if not 0 <= tile < (count := len(_C.masked_conv_nhwc_tiles())):
+            raise FastpieError(f"Expected `tile` to be from 0 to {count - 1}, but got {tile!r}.")
         _native.call(
             _C.masked_conv_nhwc_cuda,
             models,
