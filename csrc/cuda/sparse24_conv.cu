@@ -71,6 +71,8 @@ struct Tile {
   static constexpr int kExtraBytes = 2 * kInputBytes;
   static constexpr int kPipelineBytes = kStages * kStageBytes + kExtraBytes;
   static constexpr int kBytes = kPipelineBytes > kSumBytes ? kPipelineBytes : kSumBytes;
+
+  static_assert(kBytes <= 91 * 1024, "with 8 KiB of pixels and taps what the smallest GPUs have");
 };
 
 // Where a tap reads, from the pixel that the first tap reads: elements, and coordinates.
