@@ -5,19 +5,40 @@ Model 0 is the dense one, model 1 + l the pruned one at level l.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastpie.dual.program import Convolution, Linear, Norm, Program, Value
 
-if TYPE_CHECKING:
-    from fastpie.dual.model import DualModel
+__all__ = [
+    "FoldedWeights",
+    "ModelState",
+    "Models",
+    "fold",
+    "norm_scale_shift",
+    "owners",
+    "states_of",
+]
 
-__all__ = ["FoldedWeights", "ModelState", "fold", "norm_scale_shift", "owners", "states_of"]
+
+class Models(Protocol):
+    """What is read of a `DualModel`: the dense model, and what its pruned selves differ in."""
+
+    model: nn.Module
+
+    @property
+    def sparsities(self) -> list[float]:
+        """Of each level."""
+
+    def levels(self) -> Iterable[tuple[str, Tensor]]:
+        """Level codes by parameter name."""
+
+    def statistics(self, level: int) -> dict[str, Tensor]:
+        """Normalisation buffers of one level."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +72,7 @@ class ModelState:
         return True
 
 
-def states_of(dual: DualModel, program: Program) -> list[ModelState]:
+def states_of(dual: Models, program: Program) -> list[ModelState]:
     """One state for the dense model and one for each level, sharing what they have in common.
 
     The tensors are copies: later changes of the model do not show in them.

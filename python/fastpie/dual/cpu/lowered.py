@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,14 +26,11 @@ from fastpie.dual.cpu.segment import SegmentCompiler
 from fastpie.dual.images import image_values
 from fastpie.dual.program import Program, Value, without_batch_sizes
 from fastpie.dual.results import constants_of, fresh_results
-from fastpie.dual.states import ModelState, owners, states_of
+from fastpie.dual.states import Models, ModelState, owners, states_of
 from fastpie.dual.tensor_steps import channels_last
 from fastpie.dual.tuning import Tuner
 from fastpie.errors import FastpieError
 from fastpie.ops.positions import Positions
-
-if TYPE_CHECKING:
-    from fastpie.dual.model import DualModel
 
 __all__ = ["Lowered"]
 
@@ -61,7 +58,7 @@ class Lowered:
 
     def __init__(
         self,
-        dual: DualModel,
+        dual: Models,
         program: Program,
         batch: int,
         precision: str,
@@ -129,7 +126,7 @@ class Lowered:
             ) from error
         return passes
 
-    def refreshed(self, dual: DualModel) -> Lowered:
+    def refreshed(self, dual: Models) -> Lowered:
         """The same with the present weights and masks of `dual`; kernels are not chosen again.
 
         A layer that was not planned before (another prefix is pruned now) is timed.

@@ -6,7 +6,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,10 @@ from fastpie.dual.gpu.plan import Group, Kernels, Plan, Segment, plans_of
 from fastpie.dual.images import final_values, image_values
 from fastpie.dual.program import Linear, Program, Step, Value, without_batch_sizes
 from fastpie.dual.results import constants_of, fresh_results
-from fastpie.dual.states import ModelState, owners, states_of
+from fastpie.dual.states import Models, ModelState, owners, states_of
 from fastpie.dual.tensor_steps import TensorStep, channels_last, tensor_step
 from fastpie.dual.tuning import Tuner
 from fastpie.errors import FastpieError
-
-if TYPE_CHECKING:
-    from fastpie.dual.model import DualModel
 
 __all__ = ["GpuLowered"]
 
@@ -144,7 +141,7 @@ class GpuLowered:
 
     def __init__(
         self,
-        dual: DualModel,
+        dual: Models,
         program: Program,
         batch: int,
         precision: str,
@@ -207,7 +204,7 @@ class GpuLowered:
                 f"Expected a plan of an engine of this model, but it does not fit: {error!r}."
             ) from error
 
-    def refreshed(self, dual: DualModel) -> GpuLowered:
+    def refreshed(self, dual: Models) -> GpuLowered:
         """The same with the present weights and masks of `dual`; kernels are not chosen again.
 
         Unless another prefix is pruned now: then the pass is planned anew, from remembered times
