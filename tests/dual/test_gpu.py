@@ -60,6 +60,13 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, gpu: F
     return request.param
 
 
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch, gpu: FakeDevice) -> None:
+    """Some layers in each form."""
+    force(monkeypatch, "mixed")
+    gpu.l2_bytes = 3000
+
+
 def force(patch: pytest.MonkeyPatch, form: str) -> None:
     """Put times in place of the tuner's; whatever would be timed is run once."""
     generator = random.Random(3)
@@ -115,7 +122,7 @@ def test_networks_of_monai(
 @networks
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precisions_are_near_the_model_in_fp32(
-    network: Network, precision: str, form: str
+    network: Network, precision: str, mixed: None
 ) -> None:
     dual, engine = compiled(network, 0.7, precision=precision)
     x = network.inputs(4)
@@ -257,7 +264,7 @@ def test_a_kernel_that_is_wrong_is_left_out(
 
 
 @networks
-def test_refresh_takes_new_weights_and_masks(network: Network, form: str) -> None:
+def test_refresh_takes_new_weights_and_masks(network: Network, mixed: None) -> None:
     dual, engine = compiled(network, [0.5, 0.9])
     with torch.no_grad():
         for parameter in dual.model.parameters():
@@ -338,7 +345,7 @@ class _NoWaiting(TorchDispatchMode):
 
 
 @networks
-def test_a_call_never_waits_for_the_device(network: Network, form: str) -> None:
+def test_a_call_never_waits_for_the_device(network: Network, mixed: None) -> None:
     _, engine = compiled(network, [0.5, 0.9])
     x = network.inputs(5)
     with _NoWaiting():
