@@ -113,9 +113,12 @@ def test_doctor_says_what_is_usable(fastpie_cli, project):
     rows = {row["name"]: row for row in found["kernels"]}
     assert rows["cpu"]["usable"]
     assert found["cpu"]["in_use"] in found["cpu"]["instruction_sets"]
-    for name in ("cuda", "triton"):
+    for name in ("cuda", "triton", "cudnn graph"):
         assert rows[name]["usable"] is (rows[name]["reason"] is None)
-    assert "Kernels" in fastpie_cli("doctor").stdout
+    text = fastpie_cli("doctor").stdout
+    assert "Kernels" in text
+    extra = "fastpie[cudnn]"
+    assert (extra in text) is (extra in (rows["cudnn graph"]["reason"] or ""))
 
 
 @pytest.mark.parametrize(

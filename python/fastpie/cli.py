@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastpie.errors import FastpieError
@@ -387,7 +388,8 @@ def doctor(as_json: _Json = False) -> None:
         console.print(f"GPU: none ({found['gpus_unreadable'] or 'NVML lists none'})", markup=False)
     table = Table("kernels", "usable", "why not", title="Kernels")
     for row in found["kernels"]:
-        table.add_row(row["name"], "yes" if row["usable"] else "no", row["reason"] or "")
+        # A reason may name an extra, "fastpie[cudnn]", which is no markup.
+        table.add_row(row["name"], "yes" if row["usable"] else "no", escape(row["reason"] or ""))
     console.print(table)
 
 
