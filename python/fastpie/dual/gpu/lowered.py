@@ -75,10 +75,8 @@ class _Issued:
     def _follow(self, launch: Launch, values: Mapping[Key, Any]) -> None:
         """Let the launch's stream wait for what it reads from others."""
         others = {self._made_on.get(key, 0) for key in launch.reads}
-        if (
-            launch.stream not in self._used
-        ):  # a graph takes in a stream that waits for one of its own
-            others.add(0)
+        if launch.stream not in self._used:
+            others.add(0)  # a graph takes in a stream that waits for one of its own
             self._used.add(launch.stream)
         for other in others - {launch.stream}:
             self._device.wait(launch.stream, other)
