@@ -102,7 +102,7 @@ class Cudnn:
         yield Candidate("cudnn fused", prepare)
 
 
-Launch = Callable[..., None]
+Launcher = Callable[..., None]
 """As `fastpie.triton_kernels.masked_conv_nhwc`: (inputs, weight, masks, scales, biases, residuals,
 outputs, stride, padding, dilation, groups, activation=(name, slope), **config)."""
 
@@ -115,14 +115,14 @@ class ChannelsLast:
 
     Attributes:
         name: "triton" or "cuda".
-        launch: see Launch.
+        launch: see Launcher.
         configs: name and keywords of each configuration that suits a layer.
         dtypes: that it computes in.
         activations: that its epilogue knows.
     """
 
     name: str
-    launch: Launch
+    launch: Launcher
     configs: Callable[[GpuLayer, int], Sequence[tuple[str, dict[str, Any]]]]
     dtypes: frozenset[torch.dtype]
     activations: frozenset[str]

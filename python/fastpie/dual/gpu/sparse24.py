@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastpie.dual.gpu.kernels import Candidate, Launch, Operand, Run
+from fastpie.dual.gpu.kernels import Candidate, Launcher, Operand, Run
 from fastpie.dual.gpu.layers import GpuLayer
 from fastpie.ops.packing import ACTIVATIONS
 from fastpie.ops.sparse24 import Sparse24, pack_sparse24, sparse24_conv_cuda
@@ -22,7 +22,7 @@ _DENSEST = 0.5  # above, there is more to spill than a step can save
 class SparseTensorCores:
     """See Family; one masked model at a time."""
 
-    def __init__(self, launch: Launch = sparse24_conv_cuda) -> None:
+    def __init__(self, launch: Launcher = sparse24_conv_cuda) -> None:
         """With a stand-in for the kernel in a test."""
         self._launch = launch
 
