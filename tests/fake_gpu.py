@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastpie.dual.gpu.device import Key, Launch
 from fastpie.dual.gpu.kernels import ChannelsLast, Family, Torch
-from fastpie.dual.program import Activation, activate
 from fastpie.ops import reference
+from tile_check import activation_function
 
 
 class FakeDevice:
@@ -119,8 +119,6 @@ def launch_twin(
     tile: int,
 ) -> None:
     """The readable twin in place of a kernel: computes in fp32, rounds once."""
-    name, slope = activation
-    ends = None if name == "none" else Activation(name, slope)  # type: ignore[arg-type]
 
     def full(tensors: Sequence[Tensor | None]) -> list[Any]:
         return [None if t is None else t.float() for t in tensors]
@@ -139,7 +137,7 @@ def launch_twin(
         assert rank != 2 or x.is_contiguous(memory_format=torch.channels_last)
     results = reference.masked_conv_nhwc(
         xs, weight.float(), masks, full(scales), full(biases), full(residuals),
-        stride, [0] * rank, dilation, groups, lambda y: activate(y, ends, lambda n: y),
+        stride, [0] * rank, dilation, groups, activation_function(activation),
     )  # fmt: skip
     for output, result in zip(outputs, results, strict=True):
         output.copy_(result)

@@ -8,7 +8,6 @@ operators in `fastpie.ops` check them.
 from .disagreement import disagreement
 from .masked_conv import TileConfig, masked_conv_configs, masked_conv_nhwc, pack_mask
 from .masked_conv_backward import masked_conv_input_gradient, masked_conv_weight_gradient
-from .masked_conv_check import check_config
 from .masked_conv_parts import ACTIVATIONS
 from .null import null
 from .top_k import top_k_update
@@ -16,7 +15,6 @@ from .top_k import top_k_update
 __all__ = [
     "ACTIVATIONS",
     "TileConfig",
-    "check_config",
     "disagreement",
     "masked_conv_configs",
     "masked_conv_input_gradient",

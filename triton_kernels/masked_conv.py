@@ -54,8 +54,8 @@ def masked_conv_configs(
     """The tiles that are sensible for a layer, the one to take untimed first.
 
     What is here compiles for sm_90 without a spill (tests/triton_kernels). Two models double the
-    sums that a program keeps: a tile of 128 x 128 is for one model alone. Check a tile with
-    `check_config` on the GPU at hand before its first use.
+    sums that a program keeps: a tile of 128 x 128 is for one model alone. Whoever times tiles holds
+    each to torch first, on the GPU at hand (fastpie.dual.gpu.plan).
     """
     form = _form_of(channels, groups)
     if form == "direct":

@@ -9,7 +9,7 @@
 //
 // The kernel is not part of `disagreement`'s launch. A block of that one that merges when it is the
 // last to finish would need this shared memory and these registers in every block; a second launch
-// on the same stream costs a microsecond or two, and none of the scoring kernels' occupancy.
+// on the same stream costs its launch, and none of the scoring kernels' occupancy (not measured).
 #include <cuda_runtime.h>
 
 #include "fastpie/top_k.h"

@@ -258,6 +258,11 @@ def test_a_kernel_that_is_wrong_is_left_out(
     assert bool(said) == (fault != "raises")
     kernels = {kernel for groups in engine.plan["steps"].values() for _, kernel in groups}
     assert "triton tile 1" not in kernels
+    refused = [r for row in engine.report() for r in row["refused"]]
+    assert {r["kernel"] for r in refused} == {"triton tile 1"}
+    assert all(
+        ("shared memory" if fault == "raises" else "differs by") in r["reason"] for r in refused
+    )
     assert "triton tile 0" in kernels
     x = RESIDUAL.inputs(5)
     assert relative_error(engine(*x), dual(*x)) < 1e-5

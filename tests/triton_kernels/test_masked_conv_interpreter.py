@@ -26,9 +26,9 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from fastpie.triton_kernels import TileConfig
 
 from fastpie import triton_kernels
+from tile_check import activation_function, check_config
 
 kernels = importlib.import_module("fastpie.triton_kernels.masked_conv")
-check = importlib.import_module("fastpie.triton_kernels.masked_conv_check")
 launch = importlib.import_module("fastpie.triton_kernels.launch")
 
 pytestmark = [
@@ -104,7 +104,7 @@ def _twin(
         biases,
         doubles[1],
         *window,
-        check.activation_function(activation),
+        activation_function(activation),
     )
 
 
@@ -283,7 +283,7 @@ def test_activations(activation: str) -> None:
         x, weight, *operands[2:], outputs, *window, (activation, slope), DIRECT
     )
     for output, given in zip(outputs, inputs, strict=True):
-        right = check.activation_function((activation, slope))(given.double())
+        right = activation_function((activation, slope))(given.double())
         torch.testing.assert_close(
             output.view(2, 11).double(), right, rtol=1e-6, atol=1e-6, equal_nan=True
         )
@@ -382,7 +382,7 @@ def _checked(config: TileConfig, case: str, **changes: Any) -> str | None:
     shapes = [y.shape for y in _twin(inputs, weight, masks, scales, biases, none, window)]
     outputs = [_poisoned(s, weight.dtype) for s in shapes]
     operands = (inputs, weight, masks, scales, biases, outputs, outputs, *window, ("silu", 0.0))
-    return triton_kernels.check_config(config, *operands, images=1, **changes)
+    return check_config(config, *operands, images=1, **changes)
 
 
 @pytest.mark.parametrize("case", ["3x3", "depthwise", "linear shared", "1x1"])
@@ -393,11 +393,12 @@ def test_a_right_config_passes(case: str) -> None:
 @pytest.mark.parametrize("fault", ["untouched", "wrong", "unsteady"])
 def test_a_faulty_config_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = 0
+    right = triton_kernels.masked_conv_nhwc
 
     def faulty(*args: Any) -> None:
         nonlocal calls
         calls += 1
-        triton_kernels.masked_conv_nhwc(*args)
+        right(*args)
         value = args[6][-1].view(-1) if args[6][-1].is_contiguous() else args[6][-1][0, 0, 0]
         if fault == "untouched":
             value[-1] = torch.nan
@@ -406,7 +407,7 @@ def test_a_faulty_config_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -
         elif calls == 2:
             value[-1] += 2.0**-20
 
-    monkeypatch.setattr(check, "masked_conv_nhwc", faulty)
+    monkeypatch.setattr(triton_kernels, "masked_conv_nhwc", faulty)
     reason = _checked(TILE, "3x3")
     assert reason is not None
     assert ("second time" if fault == "unsteady" else "off by") in reason

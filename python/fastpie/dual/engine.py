@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fastpie.dual.cpu.lowered import Lowered
-from fastpie.dual.gpu import available
-from fastpie.dual.gpu.lowered import GpuLowered
 from fastpie.dual.inputs import as_arguments, batch_size, random_state
 from fastpie.dual.output import DualOutput, Features
 from fastpie.dual.reference import Reference, device_of
@@ -25,6 +23,7 @@ from fastpie.errors import FastpieError
 from fastpie.pruning.masks import Masks
 
 if TYPE_CHECKING:
+    from fastpie.dual.gpu.lowered import GpuLowered
     from fastpie.dual.model import DualModel
 
 __all__ = ["DualEngine"]
@@ -111,6 +110,9 @@ class DualEngine:
                 with torch.inference_mode(False), torch.no_grad():
                     if self._backend == "cpu":
                         return Lowered(*lowered, plan)
+                    from fastpie.dual.gpu import available
+                    from fastpie.dual.gpu.lowered import GpuLowered
+
                     gpu = available.device_of(device)
                     return GpuLowered(*lowered, gpu, available.families_of(self._backend), plan)
             except CaptureError as error:
@@ -179,8 +181,9 @@ class DualEngine:
         Returns:
             One row for each kernel call: `model` ("dense", "pruned at 0.9"), `layer`, `kernel`,
             `seconds` for the whole batch, `images` of a micro-batch, and `over`, the kernels that
-            it was chosen over with their seconds; on a GPU also `multiply_adds` (of dense models)
-            and `bytes` of the activations read and written. The reference backend has one row for
+            it was chosen over with their seconds; on a GPU also `refused`, the kernels that failed
+            or gave wrong results when this engine was planned, and `multiply_adds` (of dense
+            models) and `bytes` of the activations read and written. The reference backend has one row for
             each pass.
         """
         names = ["dense"] + [f"pruned at {s:g}" for s in self._source.sparsities]
@@ -247,6 +250,9 @@ def _checked_backend(backend: str, precision: str, device: torch.device) -> str:
     Raises:
         FastpieError: where it cannot run there, or not in that precision.
     """
+    # Late: loaded with the first engine, not with fastpie.
+    from fastpie.dual.gpu import available
+
     if backend == "auto" and device.type == "cpu":
         backend = "cpu"
     elif backend == "auto" and available.unusable_reason("auto", device) is not None:

@@ -56,7 +56,7 @@ def tensor_step(
     is_output: bool = False,
     prepack: bool = True,
 ) -> tuple[str, TensorStep]:
-    """Lower a step to tensors, with its own copy of the weights.
+    """Lower a step to tensors. It keeps the state's weights, which `states_of` copied from the model.
 
     Args:
         step: any step of a program.
@@ -149,7 +149,7 @@ def _convolution(
     fused = _fused_activation(activation)
     packed = _prepacked(step, weight, sizes) if prepack else None
     if packed is None:
-        return "torch", _torch_convolution(step, channels_last(weight.clone()), bias, finish)
+        return "torch", _torch_convolution(step, channels_last(weight), bias, finish)
     prepacked, unary, in_place = packed
     geometry = (_both_sides(step), list(step.stride), list(step.dilation), step.groups)
     if fused is None:
@@ -204,8 +204,8 @@ def _torch_convolution(
 def _linear(step: Linear, state: ModelState, dtype: torch.dtype) -> tuple[str, TensorStep]:
     folded = fold(step, state)
     finish = _finish(step, known_slope(step.activation, state), state)
-    weight = folded.dense(dtype).clone()
-    bias = None if folded.bias is None else folded.bias.to(dtype).clone()
+    weight = folded.dense(dtype)
+    bias = None if folded.bias is None else folded.bias.to(dtype)
 
     def run(values: dict[Value, Any]) -> Tensor:
         y = functional.linear(values[step.input].to(dtype), weight, bias)
@@ -220,7 +220,7 @@ def _finish(
     """Residual and activation by torch."""
     lookup = {}
     if activation is not None and isinstance(activation.slope, TensorName):
-        lookup[str(activation.slope)] = state.lookup(activation.slope).clone()
+        lookup[str(activation.slope)] = state.lookup(activation.slope)
 
     def finish(y: Tensor, values: dict[Value, Any]) -> Tensor:
         if step.residual is not None:
@@ -230,19 +230,19 @@ def _finish(
     return finish
 
 
-def _copies(step: Step, state: ModelState, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The step's own copies of the tensors that it reads."""
-    copies: dict[str, Tensor] = {}
+def _operands(step: Step, state: ModelState, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors that the step reads, in the dtype that it computes in."""
+    operands: dict[str, Tensor] = {}
     for name in step.tensors():
         tensor = state.lookup(name)
-        copies[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).clone()
-    return copies
+        operands[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return operands
 
 
 def _affine(step: Affine, state: ModelState, dtype: torch.dtype) -> tuple[str, TensorStep]:
     scale, shift = (t.to(dtype) for t in norm_scale_shift(step.norm, state))
     activation = known_slope(step.activation, state)
-    copies = _copies(step, state, dtype)
+    tensors = _operands(step, state, dtype)
 
     def run(values: dict[Value, Any]) -> Tensor:
         x = values[step.input]
@@ -250,19 +250,19 @@ def _affine(step: Affine, state: ModelState, dtype: torch.dtype) -> tuple[str, T
         y = torch.addcmul(shift.view(shape), x, scale.view(shape))
         if step.activation is not None and step.activation.name == "relu":
             return y.relu_()
-        return activate(y, activation, lambda name: copies[name])
+        return activate(y, activation, lambda name: tensors[name])
 
     return "torch", run
 
 
 def _call(step: Call, state: ModelState, dtype: torch.dtype) -> tuple[str, TensorStep]:
     """An operator of torch, in bf16 only if torch has it in bf16."""
-    copies = {dtype: _copies(step, state, dtype)}
+    tensors = {dtype: _operands(step, state, dtype)}
 
     def compute(values: dict[Value, Any], kind: torch.dtype) -> Any:
         def resolve(leaf: Any) -> Any:
             if isinstance(leaf, TensorName):
-                return copies[kind][leaf]
+                return tensors[kind][leaf]
             value = values[leaf] if isinstance(leaf, Value) else leaf
             if kind != dtype and isinstance(value, Tensor) and value.dtype == dtype:
                 return value.to(kind)
@@ -271,7 +271,7 @@ def _call(step: Call, state: ModelState, dtype: torch.dtype) -> tuple[str, Tenso
         return step.target(*map_leaves(step.args, resolve), **map_leaves(step.kwargs, resolve))
 
     def run(values: dict[Value, Any]) -> Any:
-        if torch.float32 in copies and dtype != torch.float32:
+        if torch.float32 in tensors and dtype != torch.float32:
             return _cast(compute(values, torch.float32), torch.float32, dtype)
         try:
             return compute(values, dtype)
@@ -282,8 +282,8 @@ def _call(step: Call, state: ModelState, dtype: torch.dtype) -> tuple[str, Tenso
         return _cast(result, torch.float32, dtype)
 
     def compute_in_fp32(values: dict[Value, Any]) -> Any:
-        copies[torch.float32] = {
-            name: t.float() if t.dtype == dtype else t for name, t in copies[dtype].items()
+        tensors[torch.float32] = {
+            name: t.float() if t.dtype == dtype else t for name, t in tensors[dtype].items()
         }
         return compute(values, torch.float32)
 

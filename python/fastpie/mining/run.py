@@ -108,7 +108,7 @@ def mine(
         keep_logits: write both models' outputs beside the scores (PIE and forgettability need them).
         keep_features: write both models' features; `dual` must name a feature module.
         output: key or index of the logits in a model that returns a dict or tuple.
-        precision: "fp32" or "bf16".
+        precision: "fp32", "bf16" or, on a GPU, "fp16".
         backend: of the engine, see `DualModel.compile`.
         device: to run on; by default where the model is.
         retry_errors: read again the samples that are in the errors table of a run.

@@ -7,7 +7,6 @@ tests put a device in its place that runs on the CPU and records the launches.
 from __future__ import annotations
 
 import contextlib
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ come from memory."""
 
 _HEAD_START = 2_000_000
 """Cycles, about 1 ms, that the GPU waits before a timed call, so that the CPU has queued all its
-launches by then: in a graph they cost nothing, and Python needs 10 to 200 us for one."""
+launches by then: in a graph they cost nothing, from Python (an estimate) 10 to 200 us each."""
 
 _REPEATS = 9
 _WARM_UP = 2
@@ -162,8 +161,8 @@ class CudaDevice:
                 end.record()
                 times.append((start, end))
             self._streams[0].synchronize()
-            milliseconds: float = statistics.median(a.elapsed_time(b) for a, b in times)
-            return milliseconds / 1e3
+            milliseconds: list[float] = sorted(start.elapsed_time(end) for start, end in times)
+            return milliseconds[_REPEATS // 2] / 1e3
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
         """See Device."""

@@ -478,6 +478,7 @@ class GpuLowered:
                     "seconds": seconds[id(launch)] * whole / total,
                     "images": part.images or self._batch,
                     "over": [{"kernel": k, "seconds": s} for k, s in over[launch.writes[0]]],
+                    "refused": self._kernels.refused_for(launch.step),
                 }
                 layer = self._kernels.layer_named(launch.step)
                 if layer is not None:

@@ -124,6 +124,14 @@ class Kernels:
             if all(m.shape[0] is None and all(m.shape[1:]) for m in known):
                 self.layers[i] = GpuLayer(program, step, states, dtype)
 
+    def refused_for(self, name: str) -> list[dict[str, str]]:
+        """The kernels that a step of this name could not have, and why not."""
+        return [
+            {"kernel": kernel, "reason": reason}
+            for (step, kernel), reason in self.refused.items()
+            if step == name
+        ]
+
     def layer_named(self, name: str) -> GpuLayer | None:
         """The layer of a step's name, if there was a choice."""
         return next((layer for layer in self.layers.values() if layer.step.name == name), None)

@@ -1,15 +1,15 @@
-"""Whether a tile of the masked convolution computes the right thing on the GPU at hand."""
+"""Whether a tile of the Triton convolution computes the right thing, interpreted or on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .masked_conv import TileConfig, masked_conv_nhwc
-from .masked_conv_parts import ACTIVATIONS
+from fastpie.dual.program import Activation, activate
+from fastpie.ops import _native, reference
 
 __all__ = ["activation_function", "check_config"]
 
@@ -22,50 +22,12 @@ _TF32_TOLERANCE = 2.0**-8
 def activation_function(activation: tuple[str, float]) -> Callable[[Tensor], Tensor]:
     """An activation of the kernels as torch computes it."""
     name, slope = activation
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "none": lambda x: x,
-        "relu": torch.relu,
-        "relu6": functional.relu6,
-        "leaky_relu": lambda x: functional.leaky_relu(x, slope),
-        "hardswish": functional.hardswish,
-        "silu": functional.silu,
-        "gelu": functional.gelu,
-        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    }
-    assert set(functions) == set(ACTIVATIONS)
-    return functions[name]
-
-
-def _expected(
-    x: Tensor,
-    weight: Tensor,
-    words: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    window: tuple[Sequence[int], Sequence[int], Sequence[int], int],
-    activation: tuple[str, float],
-) -> Tensor:
-    """The layer of one model in plain torch, fp64."""
-    rank, channels = len(window[0]), weight.shape[-1]
-    kept = weight.double()
-    if words is not None:
-        bits = (words.unsqueeze(-1) >> torch.arange(32, device=words.device)) & 1
-        kept = kept * bits.flatten(2)[..., :channels].reshape(kept.shape)
-    if rank:
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[rank - 1]
-        y = convolve(x.double(), kept.movedim(-1, 1), None, *window)
-    else:
-        y = functional.linear(x.double(), kept)
-    shape = (-1, *(1,) * rank)
-    y = y if scale is None else y * scale.view(shape)
-    y = y if bias is None else y + bias.view(shape)
-    y = y if residual is None else y + residual
-    return activation_function(activation)(y)
+    ends = None if name == "none" else Activation(name, slope)  # type: ignore[arg-type]
+    return lambda y: activate(y, ends, lambda tensor: y)
 
 
 def check_config(
-    config: TileConfig,
+    config: Any,
     inputs: Sequence[Tensor],
     weight: Tensor,
     masks: Sequence[Tensor | None],
@@ -133,15 +95,17 @@ def check_config(
     new_residuals = [None if r is None else random(r, batch=True) for r in residuals]
     window = (stride, padding, dilation, groups)
 
-    operands = (new_inputs, new_masks, new_scales, new_biases, new_residuals)
-    expected = [
-        _expected(x, new_weight, words, scale, bias, residual, window, activation)
-        for x, words, scale, bias, residual in zip(*operands, strict=True)
-    ]
+    def double(tensors: Sequence[Tensor | None]) -> list[Any]:
+        return [None if t is None else t.double() for t in tensors]
+
+    expected = reference.masked_conv_nhwc(
+        double(new_inputs), new_weight.double(), new_masks, double(new_scales),
+        double(new_biases), double(new_residuals), *window, activation_function(activation),
+    )  # fmt: skip
     results = []
     for _ in range(2):
         new_outputs = [random(o, batch=True).fill_(torch.nan) for o in outputs]
-        masked_conv_nhwc(
+        _native.triton_kernels().masked_conv_nhwc(
             new_inputs,
             new_weight,
             new_masks,
