@@ -38,7 +38,7 @@ class RunningTopK:
         """Begin with nothing seen.
 
         Args:
-            k: how many samples to keep, at least 1; about 4,096 and fewer are fast.
+            k: how many samples to keep, at least 1.
             device: of the state and of all scores; torch's default device if None.
 
         Raises:
@@ -68,7 +68,8 @@ class RunningTopK:
                 not fit.
         """
         if (ids is None) == (first_id is None):
-            raise FastpieError("Expected either `ids` or `first_id`.")
+            got = "neither" if ids is None else "both"
+            raise FastpieError(f"Expected either `ids` or `first_id`, but got {got}.")
         ops.top_k_update(self.values, self.ids, values, ids, first_id or 0)
 
     def merge(self, other: RunningTopK) -> None:
