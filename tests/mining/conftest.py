@@ -170,7 +170,7 @@ def labelled(images: Callable[..., Tensor]) -> Callable[..., Samples]:
 @pytest.fixture
 def tiny_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch a part, however fast the machine is."""
-    monkeypatch.setattr("fastpie.mining.run._PART_SECONDS", 0.0)
+    monkeypatch.setattr("fastpie.mining.session._PART_SECONDS", 0.0)
 
 
 @pytest.fixture

@@ -22,10 +22,10 @@ import os, sys, time
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-import fastpie, fastpie.mining.run
+import fastpie, fastpie.mining.session
 
 folder, pause, workers = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
-fastpie.mining.run._PART_SECONDS = 0.0  # a batch a part
+fastpie.mining.session._PART_SECONDS = 0.0  # a batch a part
 torch.set_num_threads(1)
 torch.manual_seed(0)
 

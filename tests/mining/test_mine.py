@@ -114,7 +114,7 @@ def test_the_cut_into_parts_changes_nothing(
     model, data = dual("normalised"), labelled(23)
     tables = []
     for seconds in (0.0, 1e3):
-        monkeypatch.setattr("fastpie.mining.run._PART_SECONDS", seconds)
+        monkeypatch.setattr("fastpie.mining.session._PART_SECONDS", seconds)
         result = fastpie.mine(model, data, tmp_path / str(seconds), batch_size=4)
         tables.append(result.table)
         parts = len(list((result.path / "scores").glob("*.parquet")))

@@ -7,17 +7,19 @@ from itertools import chain
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from torch.utils.data import Subset
 
 from fastpie import FastpieError
+from fastpie.data.texts import Texts
 from fastpie.mining.plan import Plan, known_sample_ids
 
 
 def test_samples_are_taken_in_the_order_of_their_ids() -> None:
     plan = Plan.cut(["b", "c", "a"], 2)
     assert plan.sample_ids == ["a", "b", "c"]
-    assert plan.order == [2, 0, 1]
+    assert plan.order.tolist() == [2, 0, 1]
     assert [plan.positions(b) for b in range(plan.batches)] == [[0, 1], [2]]
 
 
@@ -27,7 +29,7 @@ def test_samples_are_taken_in_the_order_of_their_ids() -> None:
 def test_every_position_is_in_one_batch_and_one_part(
     count: int, batch_size: int, per_part: int
 ) -> None:
-    plan = Plan([f"{i:03d}" for i in range(count)], list(range(count)), batch_size, per_part)
+    plan = Plan(Texts(f"{i:03d}" for i in range(count)), np.arange(count), batch_size, per_part)
     batches = [plan.positions(b) for b in range(plan.batches)]
     assert list(chain(*batches)) == list(range(count))
     assert all(len(b) == batch_size for b in batches[:-1])

@@ -21,7 +21,7 @@ def test_statistics_are_those_of_the_chosen_samples(
     dual: Dual, labelled: Any, images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The samples of lowest id hash, the unreadable ones and the padding left out."""
-    monkeypatch.setattr("fastpie.mining.run._RECALIBRATION_SAMPLES", 7)
+    monkeypatch.setattr("fastpie.mining.session._RECALIBRATION_SAMPLES", 7)
     plan = Plan.cut([f"s{i:02d}" for i in range(20)], 3)
     chosen = sorted(plan.lowest_hashes(7))
     bad = chosen[2]
@@ -105,7 +105,7 @@ def test_networks_without_batchnorm_need_none(dual: Dual, labelled: Any, tmp_pat
 def test_no_readable_sample_among_the_chosen(
     dual: Dual, labelled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastpie.mining.run._RECALIBRATION_SAMPLES", 2)
+    monkeypatch.setattr("fastpie.mining.session._RECALIBRATION_SAMPLES", 2)
     plan = Plan.cut([f"s{i:02d}" for i in range(8)], 4)
     data = labelled(8, bad=dict.fromkeys(plan.lowest_hashes(2), OSError("gone")))
     with pytest.raises(fastpie.FastpieError, match="recalibrate=False"):

@@ -52,7 +52,7 @@ def test_mended_samples_are_scored(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastpie.mining.run._PART_SECONDS", part_seconds)
+    monkeypatch.setattr("fastpie.mining.session._PART_SECONDS", part_seconds)
     clean = mine(labelled(11), tmp_path / "clean")
     bad = {1: GONE, 4: GONE, 5: GONE, 10: GONE}
     first = mine(labelled(11, bad=bad), tmp_path / "run")

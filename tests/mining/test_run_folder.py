@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -85,7 +86,7 @@ _OF_THE_MODEL = ("sparsity", "seed", "count", "other masks", "recalibrated")
         b"null",
         b"{}",
         b'{"format": "fastpie-run-0"}',
-        b'{"format": "fastpie-run-1"}',
+        b'{"format": "fastpie-run-2"}',
         b"\xff\xfe\x00",
     ],
 )
@@ -100,7 +101,7 @@ def test_a_damaged_record(content: bytes, run: Path, dual: Dual, labelled: Any) 
 def test_records_of_another_format_are_not_opened(run: Path) -> None:
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**record, "format": "fastpie-run-99"}))
-    with pytest.raises(fastpie.FastpieError, match="fastpie-run-1"):
+    with pytest.raises(fastpie.FastpieError, match="fastpie-run-2"):
         fastpie.MiningResult(run)
 
 
@@ -124,10 +125,15 @@ def test_a_torn_part_is_done_again(
     assert set(data.reads) <= {4, 5, 6, 7}
 
 
-def test_a_torn_errors_table_is_told(run: Path, dual: Dual, labelled: Any) -> None:
-    (run / "errors.parquet").write_bytes(b"PAR1")
-    with pytest.raises(fastpie.FastpieError, match=r"errors\.parquet"):
-        fastpie.mine(dual("normalised"), labelled(12), run, batch_size=4, keep_logits=True)
+@pytest.mark.parametrize("name", ["errors.parquet", "errors/part-000001.parquet"])
+def test_a_torn_errors_table_is_made_again(name: str, run: Path, dual: Dual, labelled: Any) -> None:
+    before = pq.read_table(run / name)
+    (run / name).write_bytes(b"PAR1")
+    data = labelled(12, bad={5: OSError("gone")})
+    result = fastpie.mine(dual("normalised"), data, run, batch_size=4, keep_logits=True)
+    assert set(data.reads) <= {4, 5, 6, 7}
+    assert result.errors.equals(before)
+    assert pq.read_table(run / name).equals(before)
 
 
 def test_leftover_temporary_files_are_removed(run: Path, dual: Dual, labelled: Any) -> None:
@@ -135,10 +141,11 @@ def test_leftover_temporary_files_are_removed(run: Path, dual: Dual, labelled: A
         run / "scores" / ".part-000003.parquet.abcdefgh",
         run / "logits" / ".part-000003.parquet.abc_efgh",
         run / ".errors.parquet.12345678",
+        run / "errors" / ".part-000003.parquet.abcdefgh",
         run / ".run.json.abcdefgh",
         run / ".masks.safetensors.abcdefgh",
         run / ".recalibration.safetensors.abcdefgh",
-        run / ".sample_ids.txt.abcdefgh",
+        run / ".samples.arrow.abcdefgh",
     ]
     for path in leftovers:
         path.write_bytes(b"half")
@@ -201,7 +208,7 @@ def test_a_failed_run_lets_go_of_the_folder(
     """Also while its exception, and with it the worker processes, are still alive."""
     model, data = dual(), labelled(40)
     with monkeypatch.context() as patch:
-        patch.setattr("fastpie.mining.run._PART_SECONDS", 0.0)
+        patch.setattr("fastpie.mining.session._PART_SECONDS", 0.0)
         patch.setattr("pyarrow.parquet.write_table", _refuse)
         with pytest.raises(fastpie.FastpieError) as caught:
             fastpie.mine(model, data, tmp_path, batch_size=2, num_workers=workers)

@@ -33,7 +33,7 @@ def result(tmp_path: Path) -> fastpie.MiningResult:
     (tmp_path / "scores").mkdir()
     for part in range(2):
         pq.write_table(table.slice(part * 5, 5), tmp_path / "scores" / f"part-{part:06d}.parquet")
-    (tmp_path / "run.json").write_text(json.dumps({"format": "fastpie-run-1", "config": {}}))
+    (tmp_path / "run.json").write_text(json.dumps({"format": "fastpie-run-2", "config": {}}))
     return fastpie.MiningResult(tmp_path)
 
 

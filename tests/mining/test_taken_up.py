@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import fastpie
-import fastpie.mining.run as run_module
+import fastpie.mining.session as run_module
 
 
 class Rows(Dataset[Any]):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from torch.utils.data import Subset
 
+from fastpie.data.texts import Texts
 from fastpie.errors import FastpieError
 
-__all__ = ["Plan", "fingerprint_of", "known_sample_ids", "text_id"]
+__all__ = ["Plan", "digest_of_ids", "fingerprint_of", "ids_of", "known_sample_ids", "text_id"]
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,14 @@ class Plan:
     """Which samples lie in which batch. A *position* is a place in sample_id order.
 
     Attributes:
-        sample_ids: in increasing order, unique.
-        order: order[position] is the index of the sample in the data set.
+        sample_ids: in increasing order (of code points), unique.
+        order: int64; order[position] is the index of the sample in the data set.
         batch_size: slots of every batch; the last one is padded.
         batches_per_part: batches whose rows are written together.
     """
 
-    sample_ids: list[str]
-    order: list[int]
+    sample_ids: Texts
+    order: np.ndarray
     batch_size: int
     batches_per_part: int = 1
 
@@ -43,27 +46,25 @@ class Plan:
         Raises:
             FastpieError: for no samples, or for ids that are empty or not unique.
         """
-        ids = [text_id(i) for i in sample_ids]
-        if not ids:
+        ids = ids_of(sample_ids).array
+        if not len(ids):
             raise FastpieError("Expected a data set with at least one sample, but it is empty.")
         if batch_size < 1:
             raise FastpieError(f"Expected a batch size of at least 1, but got {batch_size}.")
-        if len(set(ids)) != len(ids):
-            twice = [i for i, count in Counter(ids).items() if count > 1]
+        empty = pc.index(ids, "").as_py()
+        if empty >= 0:
+            raise FastpieError(f"Expected sample ids, but sample {empty} has an empty one.")
+        if pc.all(pc.less(ids[:-1], ids[1:])).as_py():  # no samples: null
+            return cls(Texts(ids), np.arange(len(ids)), batch_size)
+        order = pc.sort_indices(ids)
+        ids = ids.take(order)
+        twice = pc.unique(ids[1:].filter(pc.equal(ids[1:], ids[:-1])))
+        if len(twice):
             raise FastpieError(
                 f"Expected unique sample ids, but {len(twice)} occur more than once, for example "
-                f"{twice[:3]}."
+                f"{twice[:3].to_pylist()}."
             )
-        if "" in ids:
-            raise FastpieError(f"Expected sample ids, but sample {ids.index('')} has an empty one.")
-        unwritable = [i for i in ids if not i.isascii() and not _is_utf8(i)]
-        if unwritable:
-            raise FastpieError(
-                f"Expected sample ids that are text in UTF-8, but got {unwritable[0]!r} (a file name "
-                "in another encoding?)."
-            )
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-        return cls([ids[i] for i in order], order, batch_size)
+        return cls(Texts(ids), order.to_numpy().astype(np.int64), batch_size)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -101,18 +102,51 @@ class Plan:
 
     def fingerprint(self) -> str:
         """Hash of all sample ids."""
-        digest = hashlib.sha256()
-        for sample_id in self.sample_ids:
-            digest.update(sample_id.encode() + b"\0")
-        return digest.hexdigest()
+        return digest_of_ids(self.sample_ids)
 
     def lowest_hashes(self, count: int) -> list[int]:
         """Positions of the samples with the lowest id hash: a fixed subset, whatever the order."""
 
-        def key(position: int) -> bytes:
-            return hashlib.blake2b(self.sample_ids[position].encode(), digest_size=16).digest()
+        def key(numbered: tuple[int, str]) -> bytes:
+            return hashlib.blake2b(numbered[1].encode(), digest_size=16).digest()
 
-        return heapq.nsmallest(count, range(len(self)), key=key)
+        return [p for p, _ in heapq.nsmallest(count, enumerate(self.sample_ids), key=key)]
+
+
+def ids_of(sample_ids: Iterable[Any]) -> Texts:
+    """Sample ids as text.
+
+    Raises:
+        FastpieError: for ids that are no text in UTF-8.
+    """
+    if isinstance(sample_ids, Texts):
+        return sample_ids
+    if isinstance(sample_ids, range):
+        return Texts(pc.cast(pa.array(np.arange(*_bounds(sample_ids))), pa.large_string()))
+    texts = [text_id(i) for i in sample_ids]
+    unwritable = [i for i in texts if not i.isascii() and not _is_utf8(i)]
+    if unwritable:
+        raise FastpieError(
+            f"Expected sample ids that are text in UTF-8, but got {unwritable[0]!r} (a file name "
+            "in another encoding?)."
+        )
+    return Texts(texts)
+
+
+def digest_of_ids(sample_ids: Texts) -> str:
+    """Hash of ids in the order given."""
+    array = sample_ids.array
+    lengths = pc.binary_length(array).to_numpy()
+    digest = hashlib.sha256(lengths.astype(np.int64).tobytes())
+    _, offsets, characters = array.buffers()
+    if len(array):
+        bounds = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
+        digest.update(memoryview(characters)[bounds[0] : bounds[-1]])
+    return digest.hexdigest()
+
+
+def _bounds(numbers: range) -> tuple[int, int, int]:
+    return numbers.start, numbers.stop, numbers.step
 
 
 def text_id(sample_id: Any) -> str:
@@ -136,6 +170,8 @@ def known_sample_ids(dataset: Any) -> Sequence[Any] | None:
     """
     if isinstance(dataset, Subset):
         ids = known_sample_ids(dataset.dataset)
+        if isinstance(ids, Texts):
+            return Texts(ids.array.take(pa.array(dataset.indices, pa.int64())))
         return None if ids is None else [ids[i] for i in dataset.indices]
     ids = getattr(dataset, "sample_ids", None)
     if ids is None:

@@ -280,7 +280,7 @@ class _Slots(Dataset[Any]):
         return len(self.plan)
 
     def __getitem__(self, position: int) -> tuple[int, Any, Problem | None]:
-        index, expected = self.plan.order[position], self.plan.sample_ids[position]
+        index, expected = int(self.plan.order[position]), self.plan.sample_ids[position]
         try:
             item = self.dataset[index]
             sample_id = parse_item(item).sample_id

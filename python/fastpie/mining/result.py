@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from fastpie.errors import FastpieError
-from fastpie.mining.run_folder import RunFolder
+from fastpie.mining.run_folder import RunFolder, SampleIndex
 
 __all__ = ["MiningResult"]
 
@@ -22,7 +22,6 @@ class MiningResult:
     """What a run has scored so far.
 
     Attributes:
-        path: the run folder.
         record: the content of `run.json`: configuration, versions, fingerprints, the formula of
             hardness.
     """
@@ -33,19 +32,46 @@ class MiningResult:
         Raises:
             FastpieError: if there is no run.
         """
-        self.path = Path(path)
-        self._folder = RunFolder(self.path)
+        self._folder = RunFolder(path)
         record = self._folder.record()
         if record is None:
-            raise FastpieError(f"Expected a run folder at {self.path}, but it holds no run.json.")
+            raise FastpieError(
+                f"Expected a run folder at {self.location}, but it holds no run.json."
+            )
         self.record = record
+
+    @property
+    def location(self) -> str:
+        """The run folder: a path or a URL."""
+        return self._folder.location
+
+    @property
+    def path(self) -> Path:
+        """The run folder.
+
+        Raises:
+            FastpieError: for a run at a URL.
+        """
+        if self._folder.path is None:
+            raise FastpieError(
+                f"Expected a run on this machine, but it is at {self.location}: copy it first."
+            )
+        return self._folder.path
+
+    @functools.cached_property
+    def members(self) -> list[MiningResult]:
+        """The runs of the single models, of a run of several; else none."""
+        return [
+            MiningResult(self._folder.member(number).location)
+            for number in range(self.record.get("models", 0))
+        ]
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
     def __repr__(self) -> str:
         return (
-            f"MiningResult({str(self.path)!r}, {len(self)} samples, {self.errors.num_rows} errors)"
+            f"MiningResult({self.location!r}, {len(self)} samples, {self.errors.num_rows} errors)"
         )
 
     @functools.cached_property
@@ -57,6 +83,10 @@ class MiningResult:
     def errors(self) -> pa.Table:
         """What could not be read or scored: sample_id, path, stage, error."""
         return self._folder.errors()
+
+    def samples(self) -> SampleIndex | None:
+        """Where the data set has each sample of the run; None for a run without that file."""
+        return self._folder.samples()
 
     def logits(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits of both models in the order of `table`, where the run kept them.
@@ -117,9 +147,14 @@ class MiningResult:
         return self.table.column(name)
 
     def _kept(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
+        if self.members:
+            raise FastpieError(
+                f"Expected a run of one model, but {self.location} is one of {len(self.members)}: each "
+                f"of `members` has its {kind}."
+            )
         if not self.record["config"][f"keep_{kind}"]:
             raise FastpieError(
-                f"Expected a run with its {kind} kept, but {self.path} was made without "
+                f"Expected a run with its {kind} kept, but {self.location} was made without "
                 f"keep_{kind}=True."
             )
         table = self._folder.read_extras(kind)

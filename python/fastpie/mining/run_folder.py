@@ -1,35 +1,40 @@
 """The run folder: what a run has written, whole or not at all.
 
-Layout: `run.json`, `scores/part-<n>.parquet`, `errors.parquet`, `masks.safetensors`,
-`recalibration.safetensors` (networks with BatchNorm), `plan.json` (the kernels of the engine),
-`sample_ids.json` (data sets that tell ids only
-through their items), `report.html`, `.lock`, and where asked for `logits/`, `features/`. A part is written in the order errors, logits and features, scores, and is
-done when its scores are there and every sample of it is in the scores or in the errors. What a crash
-leaves behind can then be told from what holds: an error of a part that is not done, or of a sample
-that has a score, is dropped on the next start.
+Layout: `run.json`, `scores/part-<n>.parquet`, `errors/part-<n>.parquet` and at the end of a call
+`errors.parquet` (all of them), `samples.arrow` (sample ids and where the data set has them),
+`masks.safetensors`, `recalibration.safetensors` (networks with BatchNorm), `plan.json` (the kernels of
+the engine), `manifest.parquet` (data sets that have one), `report.html`, `.lock`, where asked for
+`logits/`, `features/`, `log/`, and of several models `models/<k>/`, each a run folder.
+
+A part is written in the order errors, logits and features, scores, and is done when its scores are
+there and every sample of it is in the scores or in the errors. What a crash leaves behind can then be
+told from what holds: an error of a part without scores, or of a sample that has a score, is dropped.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from fastpie._files import atomic_path, write_atomically
+from fastpie.data.texts import Texts
 from fastpie.errors import FastpieError
+from fastpie.mining.storage import LocalStorage, storage_at
 
-__all__ = ["ERRORS_SCHEMA", "NO_ROWS", "RunFolder", "config_hash", "explained"]
+__all__ = ["ERRORS_SCHEMA", "NO_ROWS", "RunFolder", "SampleIndex", "config_hash", "explained"]
 
-FORMAT = "fastpie-run-1"
+FORMAT = "fastpie-run-2"
 ERRORS_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -49,74 +54,78 @@ _TEMPORARY = tuple(
         "recalibration.",
         "plan.",
         "report.",
-        "sample_ids.",
+        "samples.",
+        "manifest.",
     )
 )
 NO_ROWS = pa.table({"sample_id": pa.array([], pa.string())})
 """Scores of a part in which nothing could be scored."""
 
-_held: dict[str, IO[str]] = {}  # folders that this process is writing to, with their lock files
+_MEMBER = re.compile(r"(.+)/models/\d+")
 _PART = re.compile(r"part-(\d+)\.parquet")
+
+
+class SampleIndex(NamedTuple):
+    """Which sample is where in the data set.
+
+    Attributes:
+        sample_ids: all of them, increasing.
+        order: index of each in the data set, int64.
+        source: of the ids: "data set" (its attribute, or an argument), "items" or "index".
+        digest: of the ids in the data set's order.
+    """
+
+    sample_ids: Texts
+    order: np.ndarray
+    source: str
+    digest: str
 
 
 class RunFolder:
     """Reads and writes one run folder.
 
     Attributes:
-        path: the folder.
+        storage: where it is.
     """
 
-    def __init__(self, path: Path) -> None:
-        """A handle; nothing is read or written yet."""
-        self.path = path
-        self._lock: Any = None
+    def __init__(self, location: str | os.PathLike[str]) -> None:
+        """A handle; nothing is read or written yet.
 
-    # ------------------------------------------------------------------ one writer
-
-    def lock(self) -> None:
-        """Create the folder and keep other runs out until `unlock` or the end of the process.
-
-        Raises:
-            FastpieError: if another run holds it, or it cannot be written.
+        Args:
+            location: a path, or a URL that fsspec knows.
         """
-        with explained(self.path):
-            (self.path / "scores").mkdir(parents=True, exist_ok=True)
-        # A lock of the process, not of the open file (flock): reading processes that outlive a
-        # killed run would hold on to the latter. It does not keep out other threads, hence `_held`,
-        # and closing any handle of the file drops it, hence no second one is opened.
-        key = str(self.path.resolve())
-        try:
-            if key in _held:
-                raise BlockingIOError(errno.EWOULDBLOCK, "held by this process")
-            with explained(self.path):
-                file = (self.path / ".lock").open("w")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            taken = error.errno in (errno.EACCES, errno.EAGAIN)
-            raise FastpieError(
-                f"Expected {self.path} for this run alone, but "
-                + ("another run is writing to it." if taken else f"it cannot be locked: {error}.")
-            ) from error
-        self._lock = file
-        _held[key] = file
-        for folder in (self.path, *(self.path / f for f in ("scores", "logits", "features"))):
-            for leftover in folder.glob(".*.????????"):
-                if leftover.name.startswith(_TEMPORARY):
-                    leftover.unlink()
-
-    def unlock(self) -> None:
-        """Let other runs in."""
-        if self._lock is not None:
-            del _held[str(self.path.resolve())]
-            self._lock.close()
-            self._lock = None
-
-    # ------------------------------------------------------------------ run.json
+        self.storage = storage_at(location)
 
     @property
-    def record_path(self) -> Path:
-        """Where `run.json` is."""
-        return self.path / "run.json"
+    def location(self) -> str:
+        """The path or URL."""
+        return self.storage.location
+
+    @property
+    def path(self) -> Path | None:
+        """The folder; None for a URL."""
+        return self.storage.path if isinstance(self.storage, LocalStorage) else None
+
+    def member(self, number: int) -> RunFolder:
+        """The folder of one of several models; see `_MEMBER`."""
+        return RunFolder(f"{self.location.rstrip('/')}/models/{number:03d}")
+
+    def create(self) -> None:
+        """Make the folder, where there is such a thing."""
+        if self.path is not None:
+            with explained(self.location):
+                (self.path / "scores").mkdir(parents=True, exist_ok=True)
+
+    def remove_leftovers(self) -> None:
+        """Delete the temporary files of processes that were killed; no other may be writing."""
+        if self.path is not None:
+            folders = (".", "scores", "errors", "logits", "features")
+            for folder in (self.path / f for f in folders):
+                for leftover in folder.glob(".*.????????"):
+                    if leftover.name.startswith(_TEMPORARY):
+                        leftover.unlink()
+
+    # ------------------------------------------------------------------ single files
 
     def record(self) -> dict[str, Any] | None:
         """The content of `run.json`, or None where there is none yet.
@@ -125,52 +134,99 @@ class RunFolder:
             FastpieError: if it is not a record of this format.
         """
         try:
-            record = json.loads(self.record_path.read_bytes())
+            record = json.loads(self.storage.read("run.json"))
             if record["format"] != FORMAT:
                 raise ValueError(f"format {record['format']!r}")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FastpieError(
-                f"Expected a run of format {FORMAT!r} in {self.path}, but run.json holds: {error}."
+                f"Expected a run of format {FORMAT!r} in {self.location}, but run.json holds: {error}."
             ) from error
         return dict(record)
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replace `run.json`."""
-        with explained(self.path):
-            data = json.dumps({"format": FORMAT, **record}, indent=2) + "\n"
-            write_atomically(self.record_path, data.encode())
-
-    # ------------------------------------------------------------------ parts
-
-    def part_path(self, part: int, folder: str = "scores") -> Path:
-        """Where a part is."""
-        return self.path / folder / f"part-{part:06d}.parquet"
-
-    def done_parts(self) -> list[int]:
-        """Numbers of the parts that are there, increasing."""
-        matches = (_PART.fullmatch(p.name) for p in (self.path / "scores").glob("part-*.parquet"))
-        return sorted(int(m[1]) for m in matches if m)
+        data = json.dumps({"format": FORMAT, **record}, indent=2) + "\n"
+        self.write_file("run.json", data.encode())
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a file of the folder whole."""
-        with explained(self.path):
-            write_atomically(self.path / name, data)
+        with explained(self.location), self.storage.file(name) as path:
+            path.write_bytes(data)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file of the folder whole."""
+        with explained(self.location), self.storage.file(name) as path:
+            pq.write_table(table, path)
+
+    # ------------------------------------------------------------------ which sample is where
+
+    def write_samples(self, samples: SampleIndex) -> None:
+        """Keep where each sample is."""
+        table = pa.table({"sample_id": samples.sample_ids.array, "index": pa.array(samples.order)})
+        table = table.replace_schema_metadata({"source": samples.source, "digest": samples.digest})
+        with (
+            explained(self.location),
+            self.storage.file("samples.arrow") as path,
+            pa.OSFile(str(path), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
+            writer.write_table(table)
+
+    def samples(self) -> SampleIndex | None:
+        """What `write_samples` wrote, memory-mapped where the folder is local; None without it.
+
+        The models of a run of several have it in the folder of the run.
+
+        Raises:
+            FastpieError: if the file is no such table.
+        """
+        try:
+            if self.path is not None:
+                source = pa.memory_map(str(self.path / "samples.arrow"))
+            else:
+                source = pa.BufferReader(self.storage.read("samples.arrow"))
+            table = pa.ipc.open_file(source).read_all()
+            origin = table.schema.metadata
+            return SampleIndex(
+                Texts(table["sample_id"]),
+                table["index"].to_numpy(),
+                origin[b"source"].decode(),
+                origin[b"digest"].decode(),
+            )
+        except FileNotFoundError:
+            whole = _MEMBER.fullmatch(self.location)
+            return RunFolder(whole[1]).samples() if whole else None
+        except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+            raise FastpieError(
+                f"Expected the ids of the samples in {self.location}/samples.arrow, but: {error}. "
+                "Choose another folder, or remove this one."
+            ) from error
+
+    # ------------------------------------------------------------------ parts
+
+    def part_name(self, part: int, folder: str = "scores") -> str:
+        """The file of a part."""
+        return f"{folder}/part-{part:06d}.parquet"
+
+    def done_parts(self, folder: str = "scores") -> list[int]:
+        """Numbers of the parts that are there, increasing."""
+        matches = (_PART.fullmatch(name) for name in self.storage.names(folder))
+        return sorted(int(m[1]) for m in matches if m)
 
     def write_part(self, part: int, scores: pa.Table, extras: Mapping[str, pa.Table]) -> None:
         """Write a part's extras (logits, features) and then, as the sign that it is done, its scores."""
-        with explained(self.path):
-            for folder, table in extras.items():
-                (self.path / folder).mkdir(exist_ok=True)
-                with atomic_path(self.part_path(part, folder)) as temporary:
-                    pq.write_table(table, temporary)
-            with atomic_path(self.part_path(part)) as temporary:
-                pq.write_table(scores, temporary)
+        for folder, table in extras.items():
+            self.write_table(self.part_name(part, folder), table)
+        self.write_table(self.part_name(part), scores)
 
-    def read_part(self, part: int, folder: str = "scores") -> pa.Table:
+    def read_part(
+        self, part: int, folder: str = "scores", columns: Sequence[str] | None = None
+    ) -> pa.Table:
         """The rows of one part."""
-        return pq.read_table(self.part_path(part, folder))
+        with self.storage.parquet(self.part_name(part, folder)) as file:
+            return file.read(columns=columns)
 
     def read_parts(self) -> pa.Table:
         """The scores of the parts that are done, in their order."""
@@ -188,51 +244,78 @@ class RunFolder:
         """
         tables = []
         for part in self.done_parts():
-            ids = self.part_ids(part)
-            if ids:
+            ids = self.read_part(part, columns=["sample_id"])["sample_id"]
+            if len(ids):
                 table = self.read_part(part, folder)
-                row = {i: r for r, i in enumerate(table.column("sample_id").to_pylist())}
-                tables.append(table.take([row[i] for i in ids]))
+                tables.append(table.take(pc.index_in(ids, table["sample_id"])))
         return pa.concat_tables(tables) if tables else None
 
-    def part_rows(self, part: int) -> int:
-        """How many samples of a part have a score."""
-        return int(pq.read_metadata(self.part_path(part)).num_rows)
+    def part_rows(self, part: int, folder: str = "scores") -> int:
+        """How many samples of a part have a score; 0 where there is no such file.
+
+        Raises:
+            OSError, pa.ArrowException: if it cannot be read.
+        """
+        try:
+            with self.storage.parquet(self.part_name(part, folder)) as file:
+                return int(file.metadata.num_rows)
+        except FileNotFoundError:
+            return 0
 
     def part_ids(self, part: int) -> list[str]:
         """Sample ids of one part."""
-        column = pq.read_table(self.part_path(part), columns=["sample_id"]).column("sample_id")
-        return list(column.to_pylist())
-
-    def readable(self, part: int, extras: Iterable[str]) -> bool:
-        """Whether a part can be read (a disk can tear what the rename had made whole)."""
-        try:
-            rows = pq.read_metadata(self.part_path(part)).num_rows
-            for folder in extras if rows else ():
-                pq.read_metadata(self.part_path(part, folder))
-        except (OSError, pa.ArrowException):
-            return False
-        return True
+        return list(self.read_part(part, columns=["sample_id"])["sample_id"].to_pylist())
 
     # ------------------------------------------------------------------ errors
 
     def errors(self) -> pa.Table:
-        """The errors table: sample_id, path, stage, error."""
-        path = self.path / "errors.parquet"
-        if not path.exists():
-            return ERRORS_SCHEMA.empty_table()
-        try:
-            return pq.read_table(path)
-        except (OSError, pa.ArrowException) as error:
-            raise FastpieError(
-                f"Expected a Parquet table at {path}, but: {error}. Remove it, and the next call of "
-                "mine() reads the samples without a score again."
-            ) from error
+        """What could not be read or scored, of the parts that are there: see ERRORS_SCHEMA."""
+        there = set(self.done_parts())
+        tables = [ERRORS_SCHEMA.empty_table()]
+        for part in self.done_parts("errors"):
+            if part in there:
+                try:
+                    rows = self.read_part(part, "errors")
+                except (OSError, pa.ArrowException) as error:
+                    raise FastpieError(
+                        f"Expected a table in {self.location}/{self.part_name(part, 'errors')}, but: "
+                        f"{error}. Remove it, and the next call of mine() reads its samples again."
+                    ) from error
+                scored = self.read_part(part, columns=["sample_id"])["sample_id"]
+                tables.append(rows.filter(pc.invert(pc.is_in(rows["sample_id"], scored))))
+        return pa.concat_tables(tables)
 
-    def write_errors(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Replace the errors table."""
-        with explained(self.path), atomic_path(self.path / "errors.parquet") as temporary:
-            pq.write_table(pa.Table.from_pylist(list(rows), schema=ERRORS_SCHEMA), temporary)
+    def errors_of(self, part: int) -> list[dict[str, Any]]:
+        """The errors of one part, in sample_id order; none where there is no file.
+
+        Raises:
+            OSError, pa.ArrowException: if it cannot be read.
+        """
+        try:
+            return list(self.read_part(part, "errors").to_pylist())
+        except FileNotFoundError:
+            return []
+
+    def write_errors(self, part: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Replace the errors of one part; without any there is no file."""
+        table = pa.Table.from_pylist(list(rows), schema=ERRORS_SCHEMA)
+        name = self.part_name(part, "errors")
+        if len(table):
+            self.write_table(name, table)
+        elif self.storage.exists(name):
+            with explained(self.location):
+                self.storage.remove(name)
+
+    def export_errors(self, errors: pa.Table | None = None) -> None:
+        """Write `errors.parquet`, for people: the errors given, or those of all parts."""
+        errors = self.errors() if errors is None else errors
+        try:
+            with self.storage.parquet("errors.parquet") as file:
+                same = file.read().equals(errors)
+        except (OSError, pa.ArrowException):
+            same = False  # not there, or torn
+        if not same:
+            self.write_table("errors.parquet", errors)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -241,14 +324,14 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def explained(location: str) -> Iterator[None]:
     """Turns a failed write into a FastpieError that says what to do."""
     try:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise FastpieError(
-            f"Expected to write to {path}, but {'the disk is full' if full else error}. The parts "
+            f"Expected to write to {location}, but {'the disk is full' if full else error}. The parts "
             f"written before are whole; {'free space' if full else 'mend that'} and run the same "
             "command again to go on from there."
         ) from error

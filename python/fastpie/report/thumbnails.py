@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from fastpie.data.texts import Texts
 from fastpie.errors import FastpieError
-from fastpie.mining.plan import Plan, known_sample_ids
+from fastpie.mining.plan import ids_of, known_sample_ids
 from fastpie.mining.reading import parse_item
 from fastpie.mining.result import MiningResult
 
@@ -51,12 +52,10 @@ class Thumbnails:
             self.note = "There are no pictures: the report was written without the data set."
             return
         try:
-            ids = self._ids(result)
+            self._index = self._places(result, sorted(set(wanted)))
         except Exception as error:  # a data set is anybody's code
             self.note = f"There are no pictures: {error}"
             return
-        wanted = set(wanted)
-        self._index = {str(i): n for n, i in enumerate(ids) if str(i) in wanted}
         if len(self._index) < len(wanted):
             self.note = (
                 f"The data set given holds {len(self._index)} of the {len(wanted)} samples shown."
@@ -84,29 +83,25 @@ class Thumbnails:
         self._left -= len(uri)
         return uri, ""
 
-    def _ids(self, result: MiningResult) -> Sequence[Any]:
-        """Sample ids in the order of the data set."""
-        expected = result.record["fingerprints"]["data"]
+    def _places(self, result: MiningResult, wanted: list[str]) -> dict[str, int]:
+        """Where the data set has the samples that it has."""
         count = len(self._dataset)
-        for ids in self._candidates(result.path):
-            if len(ids) == count and expected == _fingerprint(ids):
-                return ids
         known = known_sample_ids(self._dataset)
-        if known is None:
+        ids = None if known is None else ids_of(known)
+        stored = result.samples()
+        if ids is None:
+            if stored and stored.source != "data set" and len(stored.order) == count:
+                return _found(wanted, stored.sample_ids, stored.order)
             raise FastpieError(
                 f"the data set given ({count} samples) names no sample ids, and its indices are not "
                 "the ids of the run."
             )
-        return known
+        return _found(wanted, ids, np.arange(count))
 
-    def _candidates(self, path: Path) -> Iterator[Sequence[Any]]:
-        known = known_sample_ids(self._dataset)
-        if known is not None:
-            yield known
-        stored = path / "sample_ids.json"  # written by `mine` where only the items tell their ids
-        if stored.exists():
-            yield json.loads(stored.read_bytes())
-        yield range(len(self._dataset))
+
+def _found(wanted: list[str], ids: Texts, index: np.ndarray) -> dict[str, int]:
+    rows = pc.index_in(pa.array(wanted, pa.large_string()), ids.array).to_pylist()
+    return {i: int(index[row]) for i, row in zip(wanted, rows, strict=True) if row is not None}
 
 
 def picture_of(image: Any) -> Image.Image:
@@ -160,12 +155,3 @@ def _encode(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **({"quality": 85} if kind == "jpeg" else {}))
     return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _fingerprint(ids: Sequence[Any]) -> str | None:
-    """As `mine` records it."""
-    try:
-        plan = Plan.cut(ids, 1)
-    except FastpieError:
-        return None
-    return f"{len(plan)} samples, {plan.fingerprint()}"

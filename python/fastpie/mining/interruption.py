@@ -1,0 +1,52 @@
+"""SIGTERM and Ctrl-C as a request: finish the batch, keep what is scored, then end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from typing_extensions import Self
+
+__all__ = ["Interruption"]
+
+
+class Interruption:
+    """While entered, the first SIGTERM or SIGINT only sets `requested`; a second one ends at once.
+
+    At the end the caller's handlers are back, and the signal that came is raised again: a process
+    ends as it would have, later by a batch. Outside the main thread Python handles no signals, and
+    this does nothing.
+
+    Attributes:
+        requested: whether to stop.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is caught yet."""
+        self.requested = False
+        self._signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._restore()
+        if self._signal is not None and exception[0] is None:
+            signal.raise_signal(self._signal)
+            raise SystemExit(128 + self._signal)  # the caller's handler returned
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._signal = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())

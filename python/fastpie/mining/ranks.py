@@ -1,0 +1,80 @@
+"""The processes that share a run, where `torch.distributed` is initialised; else this one alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from fastpie.errors import FastpieError
+
+__all__ = ["Ranks"]
+
+_T = TypeVar("_T")
+_PATIENCE = timedelta(days=7)  # until the slowest process has done its share
+
+
+class Ranks:
+    """This process among those of the run.
+
+    They exchange a few small objects over gloo, whatever the backend of the group; scores go to the
+    run folder alone.
+
+    Attributes:
+        rank: of this process.
+        count: of processes.
+    """
+
+    def __init__(self) -> None:
+        """Join the processes of the default group."""
+        joined = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if joined else 0
+        self.count = dist.get_world_size() if joined else 1
+        self._group: Any = None
+        if self.count > 1:
+            self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+    def first(self, action: Callable[[], _T]) -> _T:
+        """Do something on rank 0 and give its result, or the error it raised, to all.
+
+        Raises:
+            FastpieError: what rank 0 raised.
+        """
+        if self.count == 1:
+            return action()
+        message: list[Any] = [None, None]
+        raised: BaseException | None = None
+        if self.rank == 0:
+            try:
+                message[0] = action()
+            except BaseException as error:
+                raised = error
+                message = [None, str(error) or type(error).__name__]
+        dist.broadcast_object_list(message, src=0, group=self._group)
+        if raised is not None:
+            raise raised
+        if message[1] is not None:
+            raise FastpieError(f"Rank 0 could not begin: {message[1]}")
+        result: _T = message[0]
+        return result
+
+    def wait(self) -> None:
+        """Until every process has come here."""
+        if self.count > 1:
+            dist.barrier(group=self._group)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set anywhere."""
+        if self.count == 1:
+            return flag
+        flags: list[Any] = [None] * self.count
+        dist.all_gather_object(flags, flag, group=self._group)
+        return any(flags)
+
+    def close(self) -> None:
+        """Leave the group of this run."""
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+            self._group = None
