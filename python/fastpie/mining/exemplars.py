@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from fastpie.errors import FastpieError
@@ -38,7 +39,8 @@ def pie(
 
     Args:
         predictions: `(dense, pruned)`, arrays or tensors of probabilities in [0, 1], each
-            [S, N, C] (models first) or [N, C]; or a run that kept its logits, or its folder.
+            [S, N, C] (models first) or [N, C]; or a run that kept its logits (of one model or of
+            several), or its folder.
         definition: "spearman", "modal" or "vote".
         fraction: of the samples, in [0, 1], for "spearman".
         threshold: on the probabilities, for "vote".
@@ -66,7 +68,7 @@ def pie(
 
 
 def _of_run(run: MiningResult, sparsity: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities [1, N, C] of both models of a run."""
+    """Probabilities [S, N, C] of dense and pruned models of a run of S models."""
     config = run.record["config"]
     if config["task"] not in ("multiclass", "multilabel"):
         raise FastpieError(f"Expected a run of a classifier, but its task is {config['task']!r}.")
@@ -77,9 +79,16 @@ def _of_run(run: MiningResult, sparsity: float | None) -> tuple[np.ndarray, np.n
         if not near:
             raise FastpieError(f"Expected `sparsity` to be one of {levels}, but got {sparsity}.")
         level = near[0]
-    dense, pruned = (torch.from_numpy(x).double() for x in run.logits())
     function = torch.sigmoid if config["task"] == "multilabel" else _softmax
-    return function(dense).numpy()[None], function(pruned[level]).numpy()[None]
+    ids = run.table.column("sample_id")
+    dense, pruned = [], []
+    for model in run.members or [run]:
+        # A model can have scored samples that another could not.
+        rows = pc.index_in(ids, model.table.column("sample_id")).to_numpy()
+        logits = model.logits()
+        dense.append(function(torch.from_numpy(logits[0][rows]).double()).numpy())
+        pruned.append(function(torch.from_numpy(logits[1][level][rows]).double()).numpy())
+    return np.stack(dense), np.stack(pruned)
 
 
 def _softmax(x: torch.Tensor) -> torch.Tensor:
