@@ -1,13 +1,12 @@
-"""Samples into batches of fixed shape; what cannot be read becomes an error, not an exception."""
+"""Samples by position, in this process or in workers; what cannot be read becomes an error, not an exception."""
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import (
@@ -17,72 +16,26 @@ from torch.utils.data import (
     Subset,
     default_collate,
     default_convert,
-    get_worker_info,
 )
 
 from fastpie.errors import FastpieError
+from fastpie.mining.batching import (
+    Batch,
+    Collate,
+    Kind,
+    Problem,
+    Sample,
+    label_kind,
+    parse_item,
+    reason_of,
+    shapes_of,
+)
+from fastpie.mining.loading import READ_TIMEOUT, load
 from fastpie.mining.plan import Plan, text_id
 
-__all__ = ["Batch", "Kind", "Problem", "Reader", "Sample", "parse_item", "path_of"]
-
-
-class Sample(NamedTuple):
-    """What one item of a data set holds; label and id are None where it has none."""
-
-    image: Any
-    label: Any
-    sample_id: Any
-
-
-class Problem(NamedTuple):
-    """Why the sample at a position cannot be scored."""
-
-    position: int
-    stage: str  # read, id, image, label, collate or score
-    error: str
-
-
-class Batch(NamedTuple):
-    """A batch with all its slots filled.
-
-    Attributes:
-        images: input of the model, first dimension the batch size; None if no slot is readable.
-        labels: as collated, or None.
-        positions: of the readable samples.
-        slots: the slot of each of `positions` in the batch.
-        problems: of the others.
-    """
-
-    images: Any
-    labels: Any
-    positions: list[int]
-    slots: list[int]
-    problems: list[Problem]
-
-
-def parse_item(item: Any) -> Sample:
-    """Read `(image[, label[, sample_id]])`, a dict, or a bare image.
-
-    Raises:
-        FastpieError: for anything else.
-    """
-    if isinstance(item, dict):
-        if "image" not in item:
-            raise FastpieError(f"Expected an item with the key 'image', but got {list(item)}.")
-        return Sample(item["image"], item.get("label"), item.get("sample_id"))
-    if isinstance(item, tuple | list):
-        if not 1 <= len(item) <= 3:
-            raise FastpieError(
-                "Expected an item (image[, label[, sample_id]]), but got one of "
-                f"{len(item)} elements."
-            )
-        return Sample(*item, *[None] * (3 - len(item)))
-    if isinstance(item, Tensor | np.ndarray):
-        return Sample(item, None, None)
-    raise FastpieError(
-        "Expected an item (image[, label[, sample_id]]) or a dict with 'image', but got "
-        f"{type(item).__name__}."
-    )
+__all__ = [
+    "Batch", "Kind", "Problem", "Reader", "Sample", "label_kind", "parse_item", "path_of", "shapes_of",
+]  # fmt: skip
 
 
 def path_of(dataset: Any, index: int) -> str | None:
@@ -103,11 +56,15 @@ def path_of(dataset: Any, index: int) -> str | None:
 
 
 class Reader:
-    """Reads batches of a plan through a DataLoader whose workers never fail on a bad sample.
+    """Reads batches of a plan, with workers that may raise, hang or die on a bad sample.
+
+    A data set with `raw(index)`, an item whose image is uint8 or uint16, and `normalize(images)` is
+    read raw, a quarter of the bytes; `Reader.normalize` is then due on the device.
 
     Attributes:
         dataset: map-style, items as `parse_item` takes them.
         batch_size: of the DataLoader lent, or the one given.
+        raw: whether batches are raw images, which `normalize` makes the model's input.
     """
 
     def __init__(
@@ -116,26 +73,33 @@ class Reader:
         *,
         batch_size: int | None = None,
         num_workers: int | None = None,
+        read_timeout: float | None = None,
     ) -> None:
         """Borrow data set, batch size, workers and collate function of a DataLoader, or take a data set.
+
+        Args:
+            data: a map-style data set, or a DataLoader of one.
+            batch_size: samples in a batch; by default the DataLoader's, else 64.
+            num_workers: processes that read; by default the DataLoader's, else none.
+            read_timeout: seconds that a worker may take for one sample; by default the DataLoader's
+                `timeout` if it has one, else 300.
 
         Raises:
             FastpieError: for an iterable-style data set, which has no fixed samples to resume at.
         """
+        collate: Callable[[list[Any]], Any] = default_collate
         self._options: dict[str, Any] = {}
-        self._collate: Callable[[list[Any]], Any] = default_collate
         if isinstance(data, DataLoader):
             dataset: Any = data.dataset
             if batch_size is None:
                 batch_size = data.batch_size or getattr(data.batch_sampler, "batch_size", None)
             num_workers = data.num_workers if num_workers is None else num_workers
             if data.collate_fn not in (None, default_convert):  # the latter makes no batches
-                self._collate = data.collate_fn
-            if data.worker_init_fn is not None:
-                self._options["worker_init_fn"] = _WorkerInit(data.worker_init_fn)
-            if num_workers:
-                self._options["timeout"] = data.timeout
-                self._options["multiprocessing_context"] = data.multiprocessing_context
+                collate = data.collate_fn
+            self._options["init"] = data.worker_init_fn
+            self._options["context"] = data.multiprocessing_context
+            self._options["prefetch"] = data.prefetch_factor or 2
+            read_timeout = read_timeout or data.timeout
         else:
             dataset = data
         if isinstance(dataset, IterableDataset) or not (
@@ -147,27 +111,24 @@ class Reader:
             )
         self.dataset = dataset
         self.batch_size = 64 if batch_size is None else batch_size
-        self._workers = num_workers or 0
+        self._collate = collate
+        self.raw = collate is default_collate and _reads_raw(dataset)
+        self._options["workers"] = num_workers or 0
+        self._options["timeout"] = read_timeout or READ_TIMEOUT
 
     def read_one(self, index: int) -> Sample | str:
-        """One sample, or the reason why it cannot be read."""
+        """One sample, normalised, or the reason why it cannot be read."""
         try:
             return parse_item(self.dataset[index])
         except Exception as error:
-            return _reason(error)
+            return reason_of(error)
 
     def read_sample_ids(self, progress: Callable[[int], None]) -> list[str]:
         """Every sample's id, by reading every sample; `#index` where one cannot be read."""
         ids: list[str] = []
-        loader = DataLoader(
-            _Ids(self.dataset),
-            batch_size=256,
-            num_workers=self._workers,
-            collate_fn=list,
-            generator=torch.Generator(),
-            **self._options,
-        )
-        for chunk in loader:
+        count = len(self.dataset)
+        tasks = (range(i, min(i + 256, count)) for i in range(0, count, 256))
+        for chunk in load(_Ids(self.dataset), tasks, **self._options):
             ids.extend(chunk)
             progress(len(chunk))
         return ids
@@ -183,83 +144,47 @@ class Reader:
     ) -> Iterator[Batch]:
         """Batches of the given positions, in order, every slot filled.
 
+        Close the iterator to end the workers before the last batch.
+
         Args:
-            plan: where the positions lie in the data set.
-            batches: positions of each batch.
+            plan: where the positions lie in the data set; it stays in this process.
+            batches: positions of each batch; taken as they are needed.
             like: what every sample must be like.
             check_ids: whether the ids in the items must be those of the plan.
             pin_memory: for a copy to the GPU that overlaps.
+
+        Raises:
+            FastpieError: the workers cannot start, or die or hang again and again without a sample
+                that is to blame.
         """
-        loader = DataLoader(
-            _Slots(self.dataset, plan, check_ids),
-            batch_sampler=[list(b) for b in batches],
-            num_workers=self._workers,
-            collate_fn=_Collate(self._collate, self.batch_size, like),
-            pin_memory=pin_memory,
-            generator=torch.Generator(),  # leaves the caller's random state alone
+
+        def slot(position: int) -> tuple[int, int, str | None]:
+            index = int(plan.order[position])
+            return int(position), index, plan.sample_ids[position] if check_ids else None
+
+        return load(
+            _Slots(
+                self.dataset,
+                Collate(self._collate, self.batch_size, like, raw=self.raw),
+                raw=self.raw,
+            ),
+            ([slot(p) for p in positions] for positions in batches),
+            then=_pinned if pin_memory else None,
             **self._options,
         )
-        yield from loader
+
+    def normalize(self, images: Any) -> Any:
+        """The model's input from the images of a batch, on whatever device they are."""
+        if not self.raw:
+            return images
+        return _below_subsets(self.dataset).normalize(images)
 
 
-class Kind(NamedTuple):
-    """What the samples of a run are like; plain values that JSON can hold.
-
-    Attributes:
-        image: shapes of the tensors of an image; None where they may differ (batches of one).
-        label: shape of a label, or the name of its type; None for a run without labels.
-    """
-
-    image: list[list[int]] | None
-    label: list[int] | str | None
-
-    @classmethod
-    def of_most(cls, samples: Sequence[Sample], *, labelled: bool, batch_size: int) -> Kind:
-        """What most of some samples are like, so that an odd one among them decides nothing."""
-
-        def most(values: list[Any]) -> Any:
-            return max(values, key=values.count)  # the first of equally many
-
-        image = most([shapes_of(s.image) for s in samples])
-        label = most([label_kind(s.label) for s in samples]) if labelled else None
-        return cls(None if batch_size == 1 else image, label)
-
-
-def shapes_of(image: Any) -> list[list[int]]:
-    """Shapes of the tensors and arrays of an image, in its own order."""
-    return [list(leaf.shape) for leaf in _arrays(image)]
-
-
-def label_kind(label: Any) -> list[int] | str | None:
-    """Shape of a label, [] for a number; the name of its type for what has none; None for None."""
-    if label is None:
-        return None
-    if isinstance(label, Tensor | np.ndarray | np.generic):
-        return list(label.shape)
-    if isinstance(label, int | float):
-        return []
-    if isinstance(label, list | tuple) and all(isinstance(v, int | float) for v in label):
-        return [len(label)]
-    return type(label).__name__
-
-
-def _arrays(image: Any) -> list[Any]:
-    return [x for x in pytree.tree_leaves(image) if isinstance(x, Tensor | np.ndarray)]
-
-
-def _reason(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-class _Ids(Dataset[str]):
+class _Ids:
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> str:
+    def read(self, index: int) -> str:
         try:
             sample_id = parse_item(self.dataset[index]).sample_id
         except Exception:
@@ -267,159 +192,73 @@ class _Ids(Dataset[str]):
             return f"#{index}"
         return f"#{index}" if sample_id is None else text_id(sample_id)
 
+    def lost(self, index: int, reason: str) -> str:
+        return f"#{index}"
 
-class _Slots(Dataset[Any]):
-    """The data set by position; what goes wrong becomes the value of the slot."""
+    def batch(self, reads: list[str]) -> list[str]:
+        return reads
 
-    def __init__(self, dataset: Any, plan: Plan, check_ids: bool) -> None:
+
+class _Slots:
+    """Slots (position, index, id to expect) into what `Collate` takes."""
+
+    def __init__(self, dataset: Any, collate: Collate, *, raw: bool) -> None:
         self.dataset = dataset
-        self.plan = plan
-        self.check_ids = check_ids
+        self.batch = collate
+        self.raw = raw
 
-    def __len__(self) -> int:
-        return len(self.plan)
-
-    def __getitem__(self, position: int) -> tuple[int, Any, Problem | None]:
-        index, expected = int(self.plan.order[position]), self.plan.sample_ids[position]
+    def read(self, slot: tuple[int, int, str | None]) -> tuple[int, Any, Problem | None]:
+        position, index, expected = slot
         try:
-            item = self.dataset[index]
+            item = self._item(index)
             sample_id = parse_item(item).sample_id
         except Exception as error:
             return position, None, Problem(position, "read", _reason(error))
-        if self.check_ids and sample_id is not None and expected != f"#{index}":
+        if sample_id is not None and expected is not None and expected != f"#{index}":
             found = text_id(sample_id)
             if found != expected:
                 return position, None, Problem(position, "id", f"{expected!r} is now {found!r}")
         return position, item, None
 
-
-class _WorkerInit:
-    """The user's worker_init_fn, seeing its own data set in `torch.utils.data.get_worker_info()`."""
-
-    def __init__(self, function: Callable[[int], None]) -> None:
-        self.function = function
-
-    def __call__(self, worker: int) -> None:
-        info = get_worker_info()
-        assert info is not None
-        ours: Any = info.dataset
-        object.__setattr__(info, "dataset", ours.dataset)  # WorkerInfo refuses assignment
-        try:
-            self.function(worker)
-        finally:
-            object.__setattr__(info, "dataset", ours)
-
-
-class _Collate:
-    """Batches of one shape out of what `_Slots` gives."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], batch_size: int, like: Kind) -> None:
-        self.collate = collate
-        self.batch_size = batch_size
-        self.like = like
-
-    def __call__(self, reads: list[tuple[int, Any, Problem | None]]) -> Batch:
-        reads = [(p, item, problem or self._problem(p, item)) for p, item, problem in reads]
-        if self.collate is default_collate:
-            return self._batch([self._of_one_shape(*read) for read in reads])
-        try:  # a collate function of the user's may pad images of different shapes
-            return self._batch(reads, may_fail=True)
-        except Exception:
-            return self._batch([self._of_one_shape(*read) for read in reads])
-
-    def _batch(
-        self, reads: list[tuple[int, Any, Problem | None]], *, may_fail: bool = False
-    ) -> Batch:
-        problems = [problem for _, _, problem in reads if problem is not None]
-        slots = [slot for slot, (_, _, problem) in enumerate(reads) if problem is None]
-        positions = [reads[slot][0] for slot in slots]
-        if not positions:
-            return Batch(None, None, [], [], problems)
-        filler = self._lean(_zeroed(reads[slots[0]][1]))
-        items = [filler if problem else self._lean(item) for _, item, problem in reads]
-        items += [filler] * (self.batch_size - len(items))
-        try:
-            images, labels, _ = parse_item(self.collate(items))
-        except Exception as error:
-            if may_fail:
-                raise
-            problems += [Problem(p, "collate", _reason(error)) for p in positions]
-            return Batch(None, None, [], [], sorted(problems))
-        return Batch(images, labels, positions, slots, problems)
-
-    def _lean(self, item: Any) -> Any:
-        """What torch's own collate function needs; one of the user's gets the item as it is."""
-        if self.collate is not default_collate:
-            return item
-        image, label, _ = parse_item(item)
-        if self.like.label is None:
-            return (image,)
-        # Lists would be collated by column.
-        return image, torch.tensor(label) if isinstance(label, list | tuple) else label
-
-    def _problem(self, position: int, item: Any) -> Problem | None:
-        sample = parse_item(item)
-        for array in _arrays(sample.image):
-            try:
-                values = torch.as_tensor(array)
-            except (TypeError, ValueError) as error:  # big-endian arrays, arrays of objects
-                return Problem(position, "image", _reason(error))
-            if values.is_floating_point() and not values.isfinite().all():
-                count = int((~values.isfinite()).sum())
-                return Problem(
-                    position,
-                    "image",
-                    f"Expected finite values, but the image holds {count} NaN or infinite of "
-                    f"{values.numel()}.",
-                )
-        if self.like.label is not None and label_kind(sample.label) != self.like.label:
-            found = "none" if sample.label is None else _label_words(label_kind(sample.label))
-            return Problem(
-                position,
-                "label",
-                f"Expected a label like most samples have ({_label_words(self.like.label)}), but "
-                f"got {found}.",
-            )
-        return None
-
-    def _of_one_shape(
-        self, position: int, item: Any, problem: Problem | None
+    def lost(
+        self, slot: tuple[int, int, str | None], reason: str
     ) -> tuple[int, Any, Problem | None]:
-        if problem is None and self.like.image is not None:
-            shapes = shapes_of(parse_item(item).image)
-            if shapes != self.like.image:
-                problem = Problem(
-                    position,
-                    "image",
-                    f"Expected an image of shape {_words(self.like.image)}, as most samples have, "
-                    f"but got {_words(shapes)}.",
-                )
-        return position, item, problem
+        return slot[0], None, Problem(slot[0], "read", reason)
+
+    def _item(self, index: int) -> Any:
+        dataset: Any = self.dataset
+        if not self.raw:
+            return dataset[index]
+        while type(dataset) is Subset:
+            dataset, index = dataset.dataset, int(dataset.indices[index])
+        return dataset.raw(index)
 
 
-def _label_words(kind: list[int] | str | None) -> str:
-    if kind == []:
-        return "a number"
-    return f"shape {kind}" if isinstance(kind, list) else str(kind)
+def _below_subsets(dataset: Any) -> Any:
+    while type(dataset) is Subset:  # a class derived from it may change the items
+        dataset = dataset.dataset
+    return dataset
 
 
-def _words(shapes: list[list[int]]) -> str:
-    return ", ".join(map(str, shapes))
+def _reads_raw(dataset: Any) -> bool:
+    """Whether there are `raw` and `normalize`, and no class derived from theirs makes other items."""
+    dataset = _below_subsets(dataset)
+    if not all(callable(getattr(dataset, name, None)) for name in ("raw", "normalize")):
+        return False
+    made = {name: cls for cls in reversed(type(dataset).__mro__) for name in vars(cls)}
+    return "raw" in made and issubclass(made["raw"], made.get("__getitem__", object))
 
 
-def _zeroed(item: Any) -> Any:
-    """The same item with an image of zeros, to fill a slot that nobody reads."""
+def _reason(error: Exception) -> str:
+    reason = reason_of(error)
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        reason += " (close files that are not needed, or raise the limit: ulimit -n)"
+    return reason
 
-    def zero(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return torch.zeros_like(leaf)
-        return np.zeros_like(leaf) if isinstance(leaf, np.ndarray) else leaf
 
-    if isinstance(item, dict):
-        return {**item, "image": pytree.tree_map(zero, item["image"])}
-    if isinstance(item, tuple | list):
-        zeroed = [pytree.tree_map(zero, item[0]), *item[1:]]
-        if hasattr(item, "_fields"):  # a namedtuple
-            return type(item)(*zeroed)
-        return zeroed if isinstance(item, list) else tuple(zeroed)
-    return zero(item)
+def _pinned(batch: Batch) -> Batch:
+    def pin(leaf: Any) -> Any:
+        return leaf.pin_memory() if isinstance(leaf, Tensor) else leaf
+
+    images, labels = pytree.tree_map(pin, (batch.images, batch.labels))
+    return batch._replace(images=images, labels=labels)
