@@ -70,6 +70,7 @@ WORDS = {
     "kill": r"killed by signal 9 \(SIGKILL",
     "segfault": r"killed by signal 11 \(SIGSEGV",
     "hang": "took longer than 1 s",
+    "spin": "took longer than 1 s",
 }
 
 
@@ -77,6 +78,7 @@ WORDS = {
 def test_a_sample_that_takes_its_process_with_it(fate: str) -> None:
     found = read_all(Hostile(14, {4: fate}), num_workers=2, read_timeout=1)
     assert_same(found, read_all(Hostile(14, {4: "broken"})))
+    assert found[1].positions == [3, 5]
     (problem,) = found[1].problems
     assert re.search(WORDS[fate], problem.error)
 
@@ -375,6 +377,17 @@ def test_worker_info() -> None:
     assert rows[:, 1].tolist() == [2] * 8
     assert torch.equal(rows[:, 2], rows[:, 0])
     assert get_worker_info() is None
+
+
+def test_batches_take_no_room_in_dev_shm() -> None:
+    """Of which a container has 64 MiB: torch's function puts them there when it sees a worker."""
+
+    def collate(items: list[Any]) -> Any:
+        images, labels = torch.utils.data.default_collate(items)
+        return images, labels.fill_(int(images.is_shared() or labels.is_shared()))
+
+    loader = DataLoader(Hostile(6, {}), 3, collate_fn=collate, num_workers=1)
+    assert [batch.labels.tolist() for batch in read_all(loader, None)] == [[0, 0, 0]] * 2
 
 
 def read_all_like(data: Any, like: Kind, **options: Any) -> list[Batch]:

@@ -293,6 +293,154 @@ def test_read_one(samples: Any) -> None:
     assert "NoneType" in str(reader.read_one(2))
 
 
+# ---------------------------------------------------------------------- raw images
+
+
+class Raw(Dataset):
+    """Images of 8 and 16 bits, as `fastpie.data` gives them."""
+
+    def __init__(self, images: list[Tensor]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def raw(self, index: int) -> Any:
+        if index == 5:
+            raise OSError("gone")
+        return self.images[index], index, f"{index:03d}"
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return (images.float() / (255 if images.dtype == torch.uint8 else 65535) - 0.4) / 0.3
+
+    def __getitem__(self, index: int) -> Any:
+        image, *rest = self.raw(index)
+        return self.normalize(image), *rest
+
+
+def eight_bits(count: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return list(torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=generator))
+
+
+def sixteen_bits(count: int) -> list[Tensor]:
+    generator = np.random.default_rng(1)
+    return [
+        torch.from_numpy(x)
+        for x in generator.integers(0, 65536, (count, 1, 8, 8)).astype(np.uint16)
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_raw_images_are_read_and_normalised_as_a_batch(workers: int) -> None:
+    x = [*eight_bits(4), *sixteen_bits(3)]  # batches of 8 bits, of both, of 16
+    data = Raw([x[i] for i in (0, 1, 2, 3, 4, 4, 5, 6)])
+    reader = Reader(data, batch_size=3, num_workers=workers)
+    assert reader.raw
+    batches = read_all(data, shape=[[1, 8, 8]], batch_size=3, workers=workers, check_ids=True)
+    assert [b.images.dtype for b in batches] == [torch.uint8, torch.uint16, torch.uint16]
+    assert [p.position for b in batches for p in b.problems] == [5]
+    for batch in batches:
+        assert batch.images.shape == (3, 1, 8, 8)
+        normalised = reader.normalize(batch.images)
+        assert normalised.dtype == torch.float32
+        for position, slot in zip(batch.positions, batch.slots, strict=True):
+            assert torch.equal(normalised[slot], data[position][0])
+            assert batch.labels[slot] == position
+    one = reader.read_one(0)
+    assert torch.equal(one.image, data[0][0])
+    assert shapes_of(one.image) == shapes_of(data.raw(0)[0])
+
+
+def test_every_value_of_8_bits_normalises_alike_in_16() -> None:
+    ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
+    data = Raw([ramp, torch.zeros(1, 16, 16, dtype=torch.uint16)])
+    (batch,) = read_all(data, shape=[[1, 16, 16]], batch_size=2)
+    assert batch.images.dtype == torch.uint16
+    assert torch.equal(Reader(data).normalize(batch.images)[0], data[0][0])
+
+
+def test_raw_images_behind_subsets() -> None:
+    data = Subset(Subset(Raw(eight_bits(4)), [3, 2, 1]), torch.tensor([2, 0]))
+    assert Reader(data).raw
+    (batch,) = read_all(data, shape=[[1, 8, 8]], batch_size=2)
+    assert batch.images.dtype == torch.uint8
+    for slot, index in enumerate((1, 3)):
+        assert torch.equal(batch.images[slot], data.dataset.dataset.images[index])
+    assert torch.equal(Reader(data).normalize(batch.images)[0], data[0][0])
+    assert Reader(Subset(Raw([]), [])).raw  # says so without a sample
+
+
+def test_images_that_are_not_read_raw() -> None:
+    """Where something comes after `raw`, the items are what it makes of them."""
+
+    class Flipped(Raw):
+        def __getitem__(self, index: int) -> Any:
+            image, *rest = super().__getitem__(index)
+            return image.flip(-1), *rest
+
+    class FlippedSubset(Subset):
+        def __getitem__(self, index: int) -> Any:
+            image, *rest = super().__getitem__(index)
+            return image.flip(-1), *rest
+
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            return [self[index] for index in indices]
+
+    raw = Raw(eight_bits(3))
+    flipped = torch.stack([raw[i][0].flip(-1) for i in range(3)])
+    for data in (Flipped(raw.images), FlippedSubset(raw, [0, 1, 2])):
+        reader = Reader(data)
+        assert not reader.raw
+        (batch,) = read_all(data, shape=[[1, 8, 8]], batch_size=3)
+        assert torch.equal(batch.images, flipped)
+        assert reader.normalize(batch.images) is batch.images
+    collate = DataLoader(raw, 3, collate_fn=lambda items: torch.stack([x for x, *_ in items]) * 2)
+    (batch,) = read_all(collate, shape=[[1, 8, 8]])
+    assert not Reader(collate).raw
+    assert torch.equal(batch.images, torch.stack([raw[i][0] for i in range(3)]) * 2)
+
+
+def test_raw_images_of_another_type() -> None:
+    data = Raw([*eight_bits(2), torch.ones(1, 8, 8), torch.ones(1, 8, 8, dtype=torch.int16)])
+    (batch,) = read_all(data, shape=[[1, 8, 8]], batch_size=4)
+    assert batch.positions == [0, 1]
+    assert [p.stage for p in batch.problems] == ["image", "image"]
+    assert "torch.uint16, but got torch.float32" in batch.problems[0].error
+    assert batch.images.dtype == torch.uint8
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
+@pytest.mark.cuda
+@pytest.mark.parametrize("workers", [0, 2])
+def test_raw_images_by_way_of_pinned_memory(workers: int) -> None:
+    data = Raw([*eight_bits(2), *sixteen_bits(2)])
+    for batch in read_all(data, shape=[[1, 8, 8]], batch_size=2, workers=workers, pin_memory=True):
+        assert batch.images.is_pinned()
+        on_gpu = Reader(data).normalize(batch.images.cuda(non_blocking=True))
+        expected = torch.stack([data[p][0] for p in batch.positions])
+        torch.testing.assert_close(on_gpu.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_ids_in_the_items(workers: int, samples: Any, images: Callable[..., Tensor]) -> None:
+    x = images(4)
+    items: list[Any] = [(x[0], 0, "000"), (x[1], 0, "other"), (x[2], 0), (x[3], 0, torch.tensor(3))]
+    data = samples(items)
+    reader = Reader(data, batch_size=4, num_workers=workers)
+    plan = Plan(["000", "001", "002", "3"], np.arange(4), 4)
+    like = Kind([[1, 8, 8]], [])
+    (batch,) = reader.read(plan, [np.arange(4)], like=like, check_ids=True)
+    assert batch.positions == [0, 2, 3]
+    (problem,) = batch.problems
+    assert (problem.stage, problem.error) == ("id", "'001' is now 'other'")
+    (batch,) = reader.read(plan, [[0, 1]], like=like)
+    assert batch.positions == [0, 1]
+
+
 # ---------------------------------------------------------------------- paths for the errors table
 
 

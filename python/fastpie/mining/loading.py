@@ -347,8 +347,8 @@ def _end_of(code: int | None) -> str:
     if code is None or code >= 0:
         return f"ended with exit code {code}"
     hints: dict[int, str] = {
-        signal.SIGKILL: "; by the system, when memory is short",
-        signal.SIGBUS: "; shared memory (/dev/shm) too small, or a mapped file that has shrunk",
+        signal.SIGKILL: ", as the system does when memory is short",
+        signal.SIGBUS: ", as when /dev/shm is too small or a mapped file has shrunk",
     }
     hint = hints.get(-code, "")
     with contextlib.suppress(ValueError):
