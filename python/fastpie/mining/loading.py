@@ -204,7 +204,7 @@ class _Team:
         """Batches in order."""
         while self._hand_out() or self.ready:
             if self.expected not in self.ready:
-                self._collect(1.0)
+                self._collect(min(1.0, self.timeout / 4))
                 continue
             result = self.ready.pop(self.expected)
             self.expected += 1
