@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -201,14 +200,7 @@ def test_tensorboard_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(FastpieError, match=r"fastpie\[tensorboard\]"):
         Telemetry(tmp_path, "tensorboard")
-
-
-def test_nothing_heavy_is_imported() -> None:
-    code = (
-        "import sys, fastpie.mining.telemetry as t; t.Telemetry().part(1); "
-        "assert not {'tensorboard', 'torch.utils.tensorboard'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    Telemetry(tmp_path, "csv").close()
 
 
 # ---------------------------------------------------------------------- a GPU that is none
