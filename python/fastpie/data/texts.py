@@ -2,48 +2,46 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from fastpie.errors import FastpieError
 
 __all__ = ["Texts"]
 
-_CHUNK = 65_536  # strings made at once while iterating
+_STEP = 1 << 16  # strings that iteration holds as Python objects at a time
 
 
 class Texts(Sequence[str]):
-    """An immutable sequence of strings in one Arrow array: about 8 bytes and its characters each.
+    """An immutable sequence of strings in one Arrow array: 8 bytes and its characters for each.
 
     Worker processes that are forked share its memory, which they would copy bit by bit of a list.
 
     Attributes:
-        array: of type large_string, no nulls.
+        array: `pa.LargeStringArray` [N] without nulls.
     """
 
     def __init__(self, values: Iterable[str] | pa.Array | pa.ChunkedArray) -> None:
-        """Take an Arrow array of strings, or copy any strings.
+        """Hold strings; an Arrow array of one chunk is not copied.
 
         Raises:
-            FastpieError: for values that are no text in UTF-8, or null.
+            FastpieError: if a value is null or no string.
         """
-        if not isinstance(values, pa.Array | pa.ChunkedArray):
-            try:
-                values = pa.array(values, pa.large_string())
-            except (pa.ArrowException, UnicodeEncodeError, TypeError) as error:
-                raise FastpieError(
-                    f"Expected strings that are text in UTF-8, but: {error}"
-                ) from error
-        values = values.cast(pa.large_string())
         if isinstance(values, pa.ChunkedArray):
-            values = (
-                pa.concat_arrays(values.chunks) if values.num_chunks else values.combine_chunks()
-            )
-        if values.null_count:
-            raise FastpieError(f"Expected strings, but {values.null_count} are null.")
-        self.array = values
+            values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+        try:
+            if not isinstance(values, pa.Array):
+                values = pa.array(values, pa.large_string())
+            array = values.cast(pa.large_string())
+        except (pa.ArrowException, UnicodeError, TypeError) as error:
+            raise FastpieError(f"Expected strings in UTF-8, but: {error}") from error
+        if array.null_count:
+            raise FastpieError(f"Expected strings, but {array.null_count} are null.")
+        self.array: pa.LargeStringArray = array
 
     def __len__(self) -> int:
         return len(self.array)
@@ -55,18 +53,27 @@ class Texts(Sequence[str]):
     def __getitem__(self, index: int | slice) -> str | Texts:
         if isinstance(index, slice):
             return Texts(self.array[index])
-        return str(self.array[index].as_py())  # raises IndexError as a list does
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of {len(self)} strings")
+        return str(self.array[index].as_py())
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self.array), _CHUNK):
-            yield from self.array.slice(start, _CHUNK).to_pylist()
+        for start in range(0, len(self), _STEP):
+            yield from self.array.slice(start, _STEP).to_pylist()
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, str) and bool(pc.index(self.array, value).as_py() >= 0)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Texts):
             return bool(self.array.equals(other.array))
-        return isinstance(other, Sequence) and list(self) == list(other)
+        if isinstance(other, Sequence) and not isinstance(other, str):
+            return len(self) == len(other) and all(map(operator.eq, self, other))
+        return NotImplemented
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # compares by content, as a list does
 
     def __repr__(self) -> str:
-        return f"Texts({list(self[:3])!r}{', ...' if len(self) > 3 else ''}, {len(self)} strings)"
+        shown: list[Any] = self.array.slice(0, 3).to_pylist()
+        return f"Texts({len(self)}: {', '.join(map(repr, shown))}{', ...' * (len(self) > 3)})"
