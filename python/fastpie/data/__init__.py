@@ -1,6 +1,8 @@
 """Images on disk as a data set: manifests and decoding."""
 
+from fastpie.data.dataset import ManifestDataset
 from fastpie.data.decode import Preprocessing, decode
-from fastpie.data.manifest import ManifestDataset
+from fastpie.data.manifest import Manifest, read_manifest
+from fastpie.data.texts import Texts
 
-__all__ = ["ManifestDataset", "Preprocessing", "decode"]
+__all__ = ["Manifest", "ManifestDataset", "Preprocessing", "Texts", "decode", "read_manifest"]
