@@ -168,6 +168,7 @@ def test_cells_of_ten_megabytes(write):
         (b"", "is empty"),
         (b"path,sample_id\na.png,1\nb.png,\nc.png,\n", r"row 2 is empty \(2 in all\)"),
         (b"path,sample_id\na.png,1\nb.png,1\0\n", r"row 2 holds a NUL"),
+        (b'path,note\na.png,"5"\nb.png,"open\nc.png,\n', r"row 2\) takes all the rest .*'open"),
         (
             b"path,sample_id\na.png,x\nb.png,y\nc.png,x\nd.png,y\ne.png,x\nf.png,z\n",
             r"2 occur more than once, for example 'x' \(3 times\), 'y' \(2 times\)",
@@ -183,6 +184,16 @@ def test_unknown_classes_are_named(write):
     source = write("path,label\na.png,edema\nb.png,<i>mass</i>\nc.png,\n")
     with pytest.raises(FastpieError, match=r"1 others: \['<i>mass</i>'\]"):
         read_manifest(source, labels="label", class_names=["edema"])
+
+
+def test_no_label_columns(write):
+    with pytest.raises(FastpieError, match="name a column"):
+        read_manifest(write("path\nx.png\n"), labels=[], task="multilabel")
+
+
+def test_a_quotation_mark_within_a_field_is_none(write):
+    manifest = read_manifest(write('path,note\na.png,5" wide\nb.png,"two\nlines"\n'))
+    assert column(manifest, "note") == ['5" wide', "two\nlines"]
 
 
 def test_a_parquet_file_that_is_none(write):

@@ -371,12 +371,12 @@ def _checked(source: Source, name: object) -> Manifest:
 
 
 def _refuse_duplicates(ids: pa.ChunkedArray, name: object) -> None:
-    hashes = hash64(ids)
-    ordered = np.sort(hashes)
+    ordered = hash64(ids)
+    ordered.sort()
     again = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(again) == 0:
         return
-    counts = pc.value_counts(ids.filter(pa.array(np.isin(hashes, again))))
+    counts = pc.value_counts(ids.filter(pa.array(np.isin(hash64(ids), again))))
     # Two ids of one hash are no duplicates.
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice) == 0:

@@ -82,11 +82,12 @@ def read_csv(path: Path) -> pa.Table:
             table = _parsed(path, header, delimiter, block)
         except pa.ArrowException as error:
             if "straddling" in str(error) and block < _LAST_BLOCK:
-                block *= 8
+                block = min(8 * block, _LAST_BLOCK)
                 continue
             raise FastpieError(_csv_problem(path, header, delimiter, block, error)) from error
         except OSError as error:
             raise FastpieError(f"Expected a CSV manifest at {path}, but: {error}") from error
+        _refuse_open_quote(table, path)
         return pa.table({name: table.column(i) for i, name in enumerate(header) if name})
 
 
@@ -103,11 +104,33 @@ def _parsed(
     )
 
 
+def _refuse_open_quote(table: pa.Table, path: Path) -> None:
+    """Arrow takes all that follows a quotation mark that is not closed for the last cell."""
+    cell = table.column(table.num_columns - 1)[-1].as_py() if table.num_rows else ""
+    if "\n" not in cell:
+        return
+    tail = b""
+    with _open(path) as file:
+        while block := file.read(1 << 24):
+            tail = (tail + block)[-100:]
+    if not tail.rstrip(b"\r\n").endswith(b'"'):
+        raise FastpieError(
+            f"Expected every quotation mark in {path} to be closed, but that of the last row (row "
+            f"{table.num_rows}) takes all the rest of the file for one cell, from "
+            f"{shorten(cell, 80)!r} on."
+        )
+
+
 def _csv_problem(
     path: Path, header: list[str], delimiter: str, block: int, error: pa.ArrowException
 ) -> str:
     if "UTF8" in str(error):
         return _utf8_problem(path)
+    if "straddling" in str(error):
+        return (
+            f"Expected rows of less than {_LAST_BLOCK >> 20} MiB in {path}, but one has more. Is a "
+            "quotation mark not closed?"
+        )
     try:  # one thread tells the row, several do not
         _parsed(path, header, delimiter, block, threads=False)
     except pa.ArrowException as again:

@@ -52,6 +52,8 @@ def labels_of(
     if request.labels is None:
         return None, None, request.class_names
     names = [request.labels] if isinstance(request.labels, str) else list(request.labels)
+    if not names:
+        raise FastpieError("Expected `labels` to name a column, but got none.")
     need_columns(table, names, source, "label columns")
     if request.task == "multilabel":
         return label_column(flags(table, names)), "multilabel", names
