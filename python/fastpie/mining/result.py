@@ -24,7 +24,11 @@ class MiningResult:
     Attributes:
         record: the content of `run.json`: configuration, versions, fingerprints, the formula of
             hardness.
+        telemetry: of the call of `mine` that returned it: `images`, `seconds`, `images_per_second`,
+            seconds by `stages`, `gpu`; None for a run opened from its folder.
     """
+
+    telemetry: dict[str, Any] | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a run folder for reading, finished or not.
@@ -83,6 +87,11 @@ class MiningResult:
     def errors(self) -> pa.Table:
         """What could not be read or scored: sample_id, path, stage, error."""
         return self._folder.errors()
+
+    @functools.cached_property
+    def manifest(self) -> pa.Table | None:
+        """Labels, groups, splits and attributes of the samples, where the data set had them."""
+        return self._folder.manifest()
 
     def samples(self) -> SampleIndex | None:
         """Where the data set has each sample of the run; None for a run without that file."""

@@ -40,6 +40,7 @@ def mine(
     task: str = "multiclass",
     batch_size: int | None = None,
     num_workers: int | None = None,
+    read_timeout: float | None = None,
     sample_ids: Sequence[Any] | None = None,
     recalibrate: bool = True,
     keep_logits: bool = False,
@@ -53,6 +54,7 @@ def mine(
     shard: tuple[int, int] = (0, 1),
     retry_errors: bool = False,
     progress: bool | None = None,
+    log: str | None = None,
     note: dict[str, Any] | None = None,
 ) -> MiningResult:
     """Score every sample by the disagreement of the dense and the pruned model.
@@ -84,6 +86,8 @@ def mine(
             "segmentation" or "embedding" (labels are not scored).
         batch_size: samples in a pass; by default the DataLoader's, else 64.
         num_workers: processes that read; by default the DataLoader's, else none.
+        read_timeout: seconds that a worker may take for one sample, which is an error after that; by
+            default the DataLoader's `timeout`, else 300.
         sample_ids: one for each sample of the data set, for one that does not tell them itself. A
             data set tells them by an attribute `sample_ids`, or through its items (then all are
             read once before the run starts). Without any, the index is the id.
@@ -102,10 +106,14 @@ def mine(
             processes can do one each, in the same folder, without knowing of each other.
         retry_errors: read again the samples that are in the errors table of a run.
         progress: whether to show a bar; by default where stderr is a terminal.
+        log: "csv" or "tensorboard": a row a part in the folder `log/` of the run: images a second,
+            seconds waiting for data, copying, computing, scoring and writing, use and power of the
+            GPU. See `fastpie.mining.telemetry`.
         note: anything JSON can hold, kept in `run.json`.
 
     Returns:
-        MiningResult: the table, the errors, and the choice of the hardest.
+        MiningResult: the table, the errors, and the choice of the hardest; `telemetry` tells where
+        the time of this call went.
 
     Raises:
         FastpieError: for a run folder of another configuration, unusable data, labels or outputs,
@@ -135,7 +143,7 @@ def mine(
         "precision": precision,
         "backend": backend,
     }
-    reader = Reader(data, batch_size=batch_size, num_workers=num_workers)
+    reader = Reader(data, batch_size=batch_size, num_workers=num_workers, read_timeout=read_timeout)
     ranks = Ranks()
     try:
         with Interruption() as interruption:
@@ -151,11 +159,14 @@ def mine(
                 limit=limit,
                 shard=shard,
                 retry_errors=retry_errors,
+                log=log,
                 note=note,
             )
     finally:
         ranks.close()
-    return MiningResult(out)
+    result = MiningResult(out)
+    result.telemetry = session.telemetry.summary()
+    return result
 
 
 def _loader(model: Model | Callable[[], Model], keep_features: bool) -> Callable[[], DualModel]:

@@ -204,6 +204,15 @@ class RunFolder:
                 "Choose another folder, or remove this one."
             ) from error
 
+    def manifest(self) -> pa.Table | None:
+        """The table of the data set, see `fastpie.data.Manifest`; None for one without."""
+        try:
+            with self.storage.parquet("manifest.parquet") as file:
+                return file.read()
+        except FileNotFoundError:
+            whole = _MEMBER.fullmatch(self.location)
+            return RunFolder(whole[1]).manifest() if whole else None
+
     # ------------------------------------------------------------------ parts
 
     def part_name(self, part: int, folder: str = "scores") -> str:

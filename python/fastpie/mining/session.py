@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from fastpie import _C
 from fastpie._digest import digest_of
+from fastpie.data.manifest import Manifest
 from fastpie.dual import DualModel
 from fastpie.dual.inputs import as_arguments
 from fastpie.dual.output import DualOutput
@@ -36,6 +37,7 @@ from fastpie.mining.population import merge_parts
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Batch, Kind, Problem, Reader, Sample, path_of
 from fastpie.mining.run_folder import ERRORS_SCHEMA, RunFolder, SampleIndex, config_hash
+from fastpie.mining.telemetry import Telemetry
 from fastpie.mining.writer import Writer
 
 __all__ = ["Session"]
@@ -106,6 +108,7 @@ class Session:
         self.config: dict[str, Any]
         self.record: dict[str, Any]
         self.lanes: Lanes
+        self.telemetry: Telemetry
         self._example: tuple[Any, ...] | None = None
         self._changed: set[int] = set()  # parts that this call has written
 
@@ -120,6 +123,7 @@ class Session:
         limit: int | None,
         shard: tuple[int, int],
         retry_errors: bool,
+        log: str | None,
         note: dict[str, Any] | None,
     ) -> None:
         """All of it; see `mine`."""
@@ -141,6 +145,9 @@ class Session:
         ]
         self.folder.create()
         lock = self._lock(shard)
+        self.telemetry = Telemetry(
+            self.folder.path, log, rank=self.ranks.rank, device=self.lanes.device
+        )
         try:
             for group in groups:
                 duals = [first if n == 0 else self._load(n) for n in group]
@@ -151,6 +158,7 @@ class Session:
                 self.ranks.wait()
             self._finish(self._parts(shard))
         finally:
+            self.telemetry.close()
             if lock is not None:
                 lock.release()
 
@@ -310,6 +318,9 @@ class Session:
                     self.folder.write_samples(
                         SampleIndex(self.plan.sample_ids, self.plan.order, source, digest)
                     )
+                    manifest = getattr(dataset, "manifest", None)
+                    if isinstance(manifest, Manifest):
+                        self.folder.write_table("manifest.parquet", manifest.table)
         self.ids_in_items = source == "items"
         if len(self.plan) != len(dataset):
             raise FastpieError(
@@ -499,10 +510,10 @@ class Session:
 
     # ------------------------------------------------------------------ reading
 
-    def _read(self, batches: Sequence[int]) -> Iterator[Batch]:
+    def _read(self, batches: Sequence[int]) -> Generator[Batch, None, None]:
         return self._read_positions(map(self.plan.positions, batches))
 
-    def _read_positions(self, positions: Any) -> Iterator[Batch]:
+    def _read_positions(self, positions: Any) -> Generator[Batch, None, None]:
         kind = Kind(self.record["image_shape"], self.record["label_kind"])
         for batch in self.reader.read(
             self.plan,
@@ -521,7 +532,8 @@ class Session:
 
     def _arguments(self, images: Any) -> tuple[Any, ...]:
         """Images on the device, as the model's positional arguments."""
-        images = self.lanes.to_device(images)
+        with self.telemetry.stage("copy"):
+            images = self.reader.normalize(self.lanes.to_device(images))
         return as_arguments(tuple(images) if isinstance(images, list) else images)
 
     # ------------------------------------------------------------------ scoring
@@ -537,27 +549,53 @@ class Session:
         todo = todo[self.ranks.rank :: self.ranks.count]
         items = [(work, number) for work in todo for number in work.batches]
         total = sum(len(self.plan.positions(number)) for _, number in items)
-        batches = self._read([number for _, number in items])
         rows = [PartRows() for _ in members]
-        with Writer() as writer, self._bar(total, "mining") as bar:
+        samples = 0  # of the open part
+        with (
+            Writer() as writer,
+            self._bar(total, "mining") as bar,
+            contextlib.closing(self._read([number for _, number in items])) as batches,
+        ):
             for ((work, number), _), found in self.lanes.overlapped(
-                zip(items, batches, strict=True),
+                zip(items, self._awaited(batches), strict=True),
                 lambda item: self._forward(members, *item),
-                lambda item, outs: {
-                    place: members[place].score(item[1], out) for place, out in outs.items()
-                },
+                lambda item, outs: self._scored(members, item[1], outs),
             ):
                 for place, scored in found.items():
                     rows[place].add(scored)
-                bar.update(len(self.plan.positions(number)))
+                count = len(self.plan.positions(number))
+                bar.update(count)
+                samples += count
                 stop = self.interruption.requested
                 if stop or number == work.batches[-1]:
                     for place, remaining in work.of.items():
-                        write = members[place].write
-                        writer.submit(partial(write, work.part, rows[place], add=remaining.rows))
-                    rows = [PartRows() for _ in members]
+                        task = partial(
+                            self._write, members[place], work.part, rows[place], remaining.rows
+                        )
+                        writer.submit(task)
+                    self.telemetry.part(samples)
+                    rows, samples = [PartRows() for _ in members], 0
                 if stop:
                     break
+
+    def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The same batches; what is waited for them is counted."""
+        while True:
+            with self.telemetry.stage("wait"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _scored(
+        self, members: Sequence[Member], batch: Batch, outs: dict[int, DualOutput | None]
+    ) -> dict[int, PartRows]:
+        with self.telemetry.stage("score"):
+            return {place: members[place].score(batch, out) for place, out in outs.items()}
+
+    def _write(self, member: Member, part: int, rows: PartRows, add: bool) -> None:
+        with self.telemetry.stage("write"):
+            member.write(part, rows, add=add)
 
     def _todo(
         self, members: Sequence[Member], parts: range, retry_errors: bool, limit: int | None
@@ -596,7 +634,8 @@ class Session:
             if member.engine is None:
                 member.compile(args, self.lanes.device, None)
             assert member.engine is not None
-            outs[place] = member.engine(*args)
+            with self.telemetry.stage("forward"):
+                outs[place] = member.engine(*args)
         return outs
 
     def _finish(self, parts: range) -> None:
