@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from fastpie.errors import FastpieError
+from fastpie.mining.parts import BATCH_ROWS, Parts
 from fastpie.mining.run_folder import RunFolder, SampleIndex
+from fastpie.mining.selection import Hardest, Strata, check_numbers, sort_keys
 
 __all__ = ["MiningResult"]
 
@@ -71,7 +74,7 @@ class MiningResult:
         ]
 
     def __len__(self) -> int:
-        return int(self.table.num_rows)
+        return len(self._parts)
 
     def __repr__(self) -> str:
         return (
@@ -97,6 +100,40 @@ class MiningResult:
         """Where the data set has each sample of the run; None for a run without that file."""
         return self._folder.samples()
 
+    @functools.cached_property
+    def _parts(self) -> Parts:
+        return self._folder.parts()
+
+    @property
+    def dataset(self) -> Any:
+        """The rows of `table` as a `pyarrow.dataset.Dataset`, of which nothing is read yet.
+
+        DuckDB queries it where it lies::
+
+            dataset = result.dataset
+            duckdb.sql("select label, avg(hardness) from dataset group by label")
+        """
+        return self._parts.dataset()
+
+    def scan(
+        self, columns: Sequence[str] | None = None, batch_rows: int = BATCH_ROWS
+    ) -> Iterator[pa.RecordBatch]:
+        """The rows of `table` in its order, in batches, for a table that is too long to be held.
+
+        Args:
+            columns: to read; None for all.
+            batch_rows: rows of a batch at most.
+
+        Returns:
+            An iterator over record batches with the columns asked for, in the order asked for.
+
+        Raises:
+            FastpieError: for an unknown column or `batch_rows` below 1.
+        """
+        if batch_rows < 1:
+            raise FastpieError(f"Expected `batch_rows` of at least 1, but got {batch_rows}.")
+        return self._parts.scan(columns, batch_rows)
+
     def logits(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits of both models in the order of `table`, where the run kept them.
 
@@ -118,6 +155,8 @@ class MiningResult:
     ) -> list[str]:
         """The hardest samples.
 
+        The table is read as a stream, so that memory is that of the answer, however long the table.
+
         Args:
             fraction: of the scored samples, in [0, 1]; `int(fraction * N)` are returned.
             by: a column; where a low value is hard (margins, spearman, iou, first_flip) the lowest
@@ -131,29 +170,81 @@ class MiningResult:
         Raises:
             FastpieError: for an unknown column or a fraction outside [0, 1].
         """
+        rows = self.select_rows(fraction, by, per)
+        order = np.argsort(rows)  # back from the order of the table
+        rows = rows[order]
+        ids = np.empty(len(rows), dtype=object)
+        for first, taken in self._parts.take("sample_id", rows):
+            ids[order[first : first + len(taken)]] = taken.to_numpy(zero_copy_only=False)
+        chosen: list[str] = ids.tolist()
+        return chosen
+
+    def select_rows(
+        self, fraction: float = 0.05, by: str = "hardness", per: str | None = None
+    ) -> np.ndarray:
+        """The hardest samples as rows of `table`, int64, hardest first; see `select`."""
         if not 0 <= fraction <= 1:
             raise FastpieError(f"Expected `fraction` in [0, 1], but got {fraction}.")
-        values = _numbers(self._column(by))
-        if by.split("@")[0] not in _LOWER_IS_HARDER:
-            values = -values
-        order = np.argsort(values, kind="stable")  # NaN last
-        if per is None:
-            chosen = order[: int(fraction * len(order))]
-        else:
-            strata = np.array([str(v) for v in self._column(per).to_pylist()])[order]
-            keep = np.zeros(len(order), dtype=bool)
-            for stratum in np.unique(strata):
-                members = np.flatnonzero(strata == stratum)
-                keep[members[: max(1, int(fraction * len(members)))]] = fraction > 0
-            chosen = order[keep]
-        return list(self.table.column("sample_id").take(pa.array(chosen)).to_pylist())
+        columns = [by] if per is None else [by, per]
+        batches = self.scan(columns)
+        check_numbers(self._parts.schema.field(by).type)
+        lower_is_harder = by.split("@")[0] in _LOWER_IS_HARDER
+        strata = None if per is None else Strata()
+        counts = self._counts(fraction, per, strata)
+        if not counts.any():
+            return np.empty(0, np.int64)
+        hardest = Hardest(counts, len(self))
+        first = 0
+        for batch in batches:
+            keys = sort_keys(batch.column(0), lower_is_harder)
+            hardest.add(keys, first, None if strata is None else strata.numbers(batch.column(1)))
+            first += batch.num_rows
+        return hardest.rows()
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        if name not in self.table.column_names:
-            raise FastpieError(
-                f"Expected a column of the table {self.table.column_names}, but got {name!r}."
-            )
-        return self.table.column(name)
+    def _counts(self, fraction: float, per: str | None, strata: Strata | None) -> np.ndarray:
+        """How many rows of each stratum are wanted, int64 [S]; numbers the strata on the way."""
+        if per is None or strata is None:
+            return np.array([int(fraction * len(self))])
+        if fraction == 0:
+            return np.zeros(1, np.int64)
+        members = np.zeros(0, np.int64)
+        for batch in self.scan([per]):
+            found = np.bincount(strata.numbers(batch.column(0)), minlength=len(members))
+            found[: len(members)] += members
+            members = found
+        return np.maximum(1, (fraction * members).astype(np.int64))
+
+    def quantiles(
+        self, q: float | Sequence[float], by: str = "hardness", per: str | None = None
+    ) -> np.ndarray | dict[str, np.ndarray]:
+        """Quantiles of a column, from one pass in bounded memory.
+
+        By KLL sketches (Karnin, Lang, Liberty, arXiv 1603.05346; Apache DataSketches): what comes
+        for `q` is a value of the column whose rank, as a fraction of all, is within
+        `fastpie.mining.quantiles.RANK_ERROR` of `q`, with a confidence of 99 %. Columns of up to some
+        thousands of values, q = 0 and q = 1 are exact. The sketches are random: a second call can
+        give another value within the same bounds.
+
+        Args:
+            q: one or several, each in [0, 1].
+            by: a column of numbers; NaN and null are left out.
+            per: a column (say "label") for quantiles of each of its values; about 100 KB of memory
+                for each of them.
+
+        Returns:
+            fp64, of the shape of `q`; NaN where no number is. With `per` such an array by the value's
+            text.
+
+        Raises:
+            FastpieError: for an unknown column, q outside [0, 1], or without the package
+                datasketches (`pip install 'fastpie[quantiles]'`).
+        """
+        from fastpie.mining.quantiles import quantiles_of
+
+        batches = self.scan([by] if per is None else [by, per])
+        check_numbers(self._parts.schema.field(by).type)
+        found = quantiles_of(batches, q, per is not None)
+        return found if per is not None else found[""]
 
     def _kept(self, kind: str) -> tuple[np.ndarray, np.ndarray]:
         if self.members:
@@ -172,16 +263,6 @@ class MiningResult:
             return np.empty((0, 0), np.float32), np.empty((levels, 0, 0), np.float32)
         dense, pruned = (_matrix(table.column(name)) for name in ("dense", "pruned"))
         return dense, np.ascontiguousarray(pruned.reshape(len(dense), levels, -1).swapaxes(0, 1))
-
-
-def _numbers(column: pa.ChunkedArray) -> np.ndarray:
-    if not (
-        pa.types.is_floating(column.type)
-        or pa.types.is_integer(column.type)
-        or pa.types.is_boolean(column.type)
-    ):
-        raise FastpieError(f"Expected a column of numbers to rank by, but got {column.type}.")
-    return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
 def _matrix(column: pa.ChunkedArray) -> np.ndarray:  # fixed-size lists -> [n, size]

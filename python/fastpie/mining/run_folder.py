@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 
 from fastpie.data.texts import Texts
 from fastpie.errors import FastpieError
+from fastpie.mining.parts import Parts
 from fastpie.mining.storage import LocalStorage, storage_at
 
 __all__ = ["ERRORS_SCHEMA", "NO_ROWS", "RunFolder", "SampleIndex", "config_hash", "explained"]
@@ -274,6 +275,10 @@ class RunFolder:
     def part_ids(self, part: int) -> list[str]:
         """Sample ids of one part."""
         return list(self.read_part(part, columns=["sample_id"])["sample_id"].to_pylist())
+
+    def parts(self) -> Parts:
+        """The scores of the parts that are done, to be read batch by batch."""
+        return Parts(self.storage, [self.part_name(part) for part in self.done_parts()])
 
     # ------------------------------------------------------------------ errors
 

@@ -41,6 +41,9 @@ class Storage(Protocol):
     def names(self, folder: str) -> list[str]:
         """Names of the files in a sub-folder, without it; none where there is no such folder."""
 
+    def filesystem(self) -> tuple[Any, str]:
+        """As a `pyarrow.fs.FileSystem`, with the path of the folder there."""
+
     def exists(self, name: str) -> bool:
         """Whether a file is there."""
 
@@ -93,6 +96,12 @@ class LocalStorage:
             return os.listdir(self.path / folder)  # noqa: PTH208 - no object for each of many files
         except FileNotFoundError:
             return []
+
+    def filesystem(self) -> tuple[Any, str]:
+        """See `Storage`."""
+        from pyarrow.fs import LocalFileSystem
+
+        return LocalFileSystem(), str(self.path)
 
     def exists(self, name: str) -> bool:
         """See `Storage`."""
@@ -148,6 +157,12 @@ class RemoteStorage:
             except FileNotFoundError:
                 return []
             return [path.rpartition("/")[2] for path in found]
+
+    def filesystem(self) -> tuple[Any, str]:
+        """See `Storage`."""
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        return PyFileSystem(FSSpecHandler(self._fs)), str(self._root).rstrip("/")
 
     def exists(self, name: str) -> bool:
         """See `Storage`."""
