@@ -16,6 +16,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
+#include "fastpie/alias_table.h"
 #include "fastpie/disagreement.h"
 #include "fastpie/magnitude_levels.h"
 #include "fastpie/masked_conv.h"
@@ -332,6 +333,14 @@ void pack_mask_cpu(std::uintptr_t codes, std::uintptr_t words, const Three& size
   check(cpu::pack_mask(args, threads));
 }
 
+void alias_table_cpu(std::uintptr_t weights, std::uintptr_t probability, std::uintptr_t alias,
+                     std::int64_t count) {
+  if (count < 0) throw std::invalid_argument("Expected count >= 0");
+  py::gil_scoped_release release;
+  check(alias_table({pointer<const double>(weights), pointer<double>(probability),
+                     pointer<std::int64_t>(alias), count}));
+}
+
 std::string cpu_capability() {
   cpu::Isa isa;
   check(cpu::active_isa(&isa));
@@ -560,6 +569,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("max_pool_cpu", &max_pool_cpu);
   m.def("pack_mask_cpu", &pack_mask_cpu);
   m.def("relayout_cpu", &relayout_cpu);
+  m.def("alias_table_cpu", &alias_table_cpu);
 #ifdef FASTPIE_WITH_CUDA
   m.attr("cuda_architectures") = FASTPIE_CUDA_ARCHITECTURES;
   m.attr("cuda_version") = cuda::toolkit_version();

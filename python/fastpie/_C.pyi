@@ -182,6 +182,7 @@ def pack_mask_cpu(
 def pack_mask_cuda(
     codes: int, words: int, sizes: tuple[int, int, int], level: int, stream: int, /
 ) -> None: ...
+def alias_table_cpu(weights: int, probability: int, alias: int, count: int, /) -> None: ...
 def magnitude_levels_cuda(
     tensors: int,
     counts: int,

@@ -4,6 +4,7 @@ One file holds one operator: schema, implementations, fake kernel and autograd. 
 `reference.py`. How to add one: CONTRIBUTING.md, "A new operation".
 """
 
+from fastpie.ops.alias_table import alias_table
 from fastpie.ops.disagreement import disagreement
 from fastpie.ops.dual_conv import dual_conv1d, dual_conv2d, dual_conv3d, dual_linear
 from fastpie.ops.magnitude_levels import magnitude_levels
@@ -14,6 +15,7 @@ from fastpie.ops.pack_mask import pack_mask
 from fastpie.ops.top_k import disagreement_top_k, top_k_update
 
 __all__ = [
+    "alias_table",
     "disagreement",
     "disagreement_top_k",
     "dual_conv1d",

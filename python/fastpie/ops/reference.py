@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 __all__ = [
+    "alias_table",
     "disagreement",
     "magnitude_levels",
     "masked_conv",
@@ -333,3 +334,24 @@ def samples_of(
     if new_ids is None:
         new_ids = first_id + torch.arange(scores.shape[1], device=scores.device)
     return (total / scores.shape[0]).float(), new_ids
+
+
+def alias_table(weights: Tensor) -> tuple[Tensor, Tensor]:  # fp64 [n] -> fp64 [n], int64 [n]
+    """The table of Vose (1991): an entry below the mean is filled up to it by one above.
+
+    Which entry fills which is not the kernel's choice; what the tables draw is the same.
+    """
+    scaled = (weights / weights.max() / (weights / weights.max()).mean()).tolist()
+    probability, alias = [1.0] * len(scaled), list(range(len(scaled)))
+    below = [i for i, share in enumerate(scaled) if share < 1]
+    above = [i for i, share in enumerate(scaled) if share >= 1]
+    while below and above:
+        i, donor = below.pop(), above[-1]
+        probability[i], alias[i] = scaled[i], donor
+        scaled[donor] -= 1 - scaled[i]
+        if scaled[donor] < 1:
+            below.append(above.pop())
+    return (
+        torch.tensor(probability, dtype=torch.float64, device=weights.device),
+        torch.tensor(alias, dtype=torch.int64, device=weights.device),
+    )
