@@ -13,12 +13,14 @@ from fastpie.scores import disagreement
 if TYPE_CHECKING:
     from fastpie import training
     from fastpie.mining import MiningResult, mine, pie
+    from fastpie.training import HardnessSampler
 
 __all__ = [
     "DualEngine",
     "DualModel",
     "DualOutput",
     "FastpieError",
+    "HardnessSampler",
     "Masks",
     "MiningResult",
     "disagreement",
@@ -32,7 +34,12 @@ __all__ = [
 
 __version__ = metadata.version("fastpie")
 
-_LAZY = {"MiningResult": "fastpie.mining", "mine": "fastpie.mining", "pie": "fastpie.mining"}
+_LAZY = {
+    "HardnessSampler": "fastpie.training",
+    "MiningResult": "fastpie.mining",
+    "mine": "fastpie.mining",
+    "pie": "fastpie.mining",
+}
 _LAZY_MODULES = ("training",)
 
 

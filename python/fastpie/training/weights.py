@@ -7,7 +7,7 @@ import numpy as np
 from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 
-__all__ = ["hardness_weights"]
+__all__ = ["hardness_weights", "rank_weights"]
 
 
 def hardness_weights(
@@ -31,19 +31,28 @@ def hardness_weights(
         doubtful: fraction of the hardest samples to leave out, in [0, 1).
 
     Returns:
-        A weight for every scored sample, by sample id.
+        A weight for every scored sample, by sample id, hardest first. For millions of samples
+        `fastpie.HardnessSampler` holds the same weights in arrays.
 
     Raises:
         FastpieError: for a strength below 0 or `doubtful` outside [0, 1).
     """
-    if not strength >= 0:
+    weights = rank_weights(len(result), strength, doubtful)
+    return dict(zip(result.select(1.0, by=by), weights.tolist(), strict=True))
+
+
+def rank_weights(count: int, strength: float, doubtful: float) -> np.ndarray:  # fp64 [count]
+    """The weights of `hardness_weights`, hardest first.
+
+    Raises:
+        FastpieError: for a strength below 0 or not finite, or `doubtful` outside [0, 1).
+    """
+    if not 0 <= strength < np.inf:
         raise FastpieError(f"Expected `strength` of at least 0, but got {strength}.")
     if not 0 <= doubtful < 1:
         raise FastpieError(f"Expected `doubtful` in [0, 1), but got {doubtful}.")
-    hardest_first = result.select(1.0, by=by)
-    count = len(hardest_first)
-    weights = 1 + strength * np.linspace(1, 0, count)
+    weights: np.ndarray = 1 + strength * np.linspace(1, 0, count)
     weights[: int(doubtful * count)] = 0
     if count:
         weights /= weights.mean()
-    return dict(zip(hardest_first, weights.tolist(), strict=True))
+    return weights
