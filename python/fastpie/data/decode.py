@@ -1,83 +1,105 @@
-"""One image file into one normalised tensor."""
+"""One image file into one array of integers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import io
+import stat
 from pathlib import Path
+from typing import IO
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
+from fastpie.data.pixels import Pixels
+from fastpie.data.preprocessing import Preprocessing
+from fastpie.data.raster import read_raster
 from fastpie.errors import FastpieError
 
-__all__ = ["Preprocessing", "decode"]
+__all__ = ["VERSION", "Preprocessing", "decode"]
+
+VERSION = 1  # of the pixels that a file gives: caches made by another one are not read
+
+_HEAD = 1024
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What happens between the file and the network.
+def decode(
+    file: Path | bytes, preprocessing: Preprocessing, frame: int | None = None
+) -> Pixels:  # [C, H, W], of volumes [C, D, H, W]
+    """Read an image: decode, window, resize, round.
 
-    Attributes:
-        size: (height, width) to resize to, bilinear with antialiasing; None keeps the file's.
-        mean: subtracted from values in [0, 1], one number or one a channel.
-        std: divided by after that, likewise.
-        channels: 1 (grey) or 3 (RGB); files of another kind are converted.
-    """
+    PNG, JPEG, TIFF, BMP, GIF, PPM, WebP, JPEG 2000 (Pillow), DICOM (pydicom) and NIfTI (nibabel),
+    told apart by their content; what bits the file has is kept:
 
-    size: tuple[int, int] | None = None
-    mean: Sequence[float] = (0.0,)
-    std: Sequence[float] = (1.0,)
-    channels: int = 3
+    - 8-bit files give uint8;
+    - deeper ones give uint16, scaled to the full range.
 
-    def __post_init__(self) -> None:
-        if self.channels not in (1, 3):
-            raise FastpieError(f"Expected 1 or 3 channels, but got {self.channels}.")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) not in (1, self.channels):
-                raise FastpieError(
-                    f"Expected `{name}` of 1 or {self.channels} numbers, but got {len(values)}."
-                )
-        if not all(s > 0 for s in self.std):
-            raise FastpieError(f"Expected `std` above 0, but got {list(self.std)}.")
-        if self.size is not None and not all(s > 0 for s in self.size):
-            raise FastpieError(f"Expected a positive `size`, but got {self.size}.")
+    `preprocessing.normalize(torch.from_numpy(...))` is what the network takes.
 
+    Args:
+        file: its path, or its content.
+        preprocessing: size, channels and window; `max_pixels` is checked before a pixel is decoded.
+        frame: of a multi-frame DICOM file, a TIFF or a GIF; of a NIfTI volume the index along the
+            last axis (from feet to head). Volumes read for a `size` of three numbers take none.
 
-def decode(path: Path, preprocessing: Preprocessing) -> Tensor:  # [C, H, W] fp32
-    """Read an image that Pillow knows (PNG, JPEG, TIFF, ...).
-
-    8-bit values are divided by 255, 16-bit ones by 65535.
+    Returns:
+        A contiguous array of its own.
 
     Raises:
-        FastpieError: if the file is empty, or holds floating-point values.
-        OSError: if it is missing, truncated or no image (Pillow's own message).
+        FastpieError: if the file is empty, of no known format, too large, damaged, or of a kind that
+            needs a choice (a frame, a window); the message says which. Also if the library that
+            reads it is not installed.
+        OSError: if it is missing or truncated.
     """
-    if path.stat().st_size == 0:
-        raise FastpieError(f"Expected an image, but {path.name} is empty (0 bytes).")
-    with Image.open(path) as image:
-        if image.mode == "F":
+    name = file.name if isinstance(file, Path) else "the file"
+    with _open(file, name) as stream:
+        head = stream.read(_HEAD)
+        if not head:
+            raise FastpieError(f"Expected an image, but {name} is empty (0 bytes).")
+        stream.seek(0)
+        try:
+            return _read(stream, head, preprocessing, frame, name)
+        except (FastpieError, OSError, MemoryError):
+            raise
+        except Exception as error:  # each library has its own kinds of errors for damaged files
             raise FastpieError(
-                f"Expected an image of 8 or 16 bits, but {path.name} holds floats, whose range no one "
-                "knows."
-            )
-        if image.mode.startswith("I"):  # 16-bit grey (I;16) opens as 16 or 32-bit integers
-            grey = np.asarray(image, dtype=np.float32) / 65535.0
-            image = Image.fromarray(grey)  # fp32 becomes mode "F"
-            planes = [_resized(image, preprocessing.size)] * preprocessing.channels
-        else:
-            image = image.convert("L" if preprocessing.channels == 1 else "RGB")
-            values = _resized(image, preprocessing.size) / 255.0
-            planes = [values] if values.ndim == 2 else list(np.moveaxis(values, -1, 0))
-    x = torch.from_numpy(np.stack(planes).astype(np.float32))
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float32).view(-1, 1, 1)
-    std = torch.tensor(preprocessing.std, dtype=torch.float32).view(-1, 1, 1)
-    return (x - mean) / std
+                f"Expected a readable image, but {name} is damaged: {type(error).__name__}: {error}"
+            ) from error
 
 
-def _resized(image: Image.Image, size: tuple[int, int] | None) -> np.ndarray:
-    if size is not None and image.size != (size[1], size[0]):
-        image = image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return np.asarray(image, dtype=np.float32)
+def _open(file: Path | bytes, name: str) -> IO[bytes]:
+    if isinstance(file, bytes):
+        return io.BytesIO(file)
+    if not stat.S_ISREG(file.stat().st_mode):  # to open a named pipe would wait for its writer
+        raise FastpieError(f"Expected an image file, but {name} is a folder or a device.")
+    return file.open("rb")
+
+
+def _read(
+    stream: IO[bytes], head: bytes, preprocessing: Preprocessing, frame: int | None, name: str
+) -> Pixels:
+    if frame is not None and frame < 0:
+        raise FastpieError(f"Expected a frame of 0 or more, but got {frame} for {name}.")
+    if frame is not None and preprocessing.volumes:
+        raise FastpieError(
+            f"Expected no frame for a `size` of (depth, height, width), but got frame {frame} of "
+            f"{name}. Give (height, width) to read single frames."
+        )
+    if is_dicom(head, name):
+        from fastpie.data.dicom import read_dicom
+
+        return read_dicom(stream, preprocessing, frame, name)
+    if is_nifti(head):
+        from fastpie.data.nifti import read_nifti
+
+        return read_nifti(stream, preprocessing, frame, name)
+    return read_raster(stream, preprocessing, frame, name)
+
+
+def is_dicom(head: bytes, name: str) -> bool:
+    """Whether a file that begins with `head` is DICOM; old ones have no preamble."""
+    if head[128:132] == b"DICM" or Path(name).suffix.lower() in (".dcm", ".dicom"):
+        return True
+    return head[:2] in (b"\x02\x00", b"\x08\x00")  # the first group; no other format begins so
+
+
+def is_nifti(head: bytes) -> bool:
+    """Whether it is NIfTI-1 or 2, in one file or two, or gzip, which only NIfTI is stored in."""
+    pair = (b"n+1\0", b"ni1\0")
+    return head[:2] == b"\x1f\x8b" or head[344:348] in pair or head[4:7] in (b"n+2", b"ni2")
