@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import struct
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
@@ -241,12 +242,14 @@ class DecodedImages:
                 if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                     raise
                 return os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a cache that somebody else fills
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            with suppress(FileNotFoundError):  # evicted while we waited for the lock
+            # Not by waiting for the lock: while it is held the file may go, and another take its place.
+            with suppress(BlockingIOError, FileNotFoundError):
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 if os.fstat(lock).st_ino == path.stat().st_ino:
                     os.utime(lock)  # the order in which caches are evicted
                     return lock
             os.close(lock)
+            time.sleep(0.01)
 
     def close(self) -> None:
         """Close the files and give up the lock; the next read opens them again."""

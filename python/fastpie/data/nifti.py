@@ -36,8 +36,9 @@ def read_nifti(
         OSError: if it is truncated.
     """
     nibabel = load_medical("nibabel", "NIfTI files")
-    content: Any = gzip.GzipFile(fileobj=stream) if stream.read(2) == b"\x1f\x8b" else stream
-    content.seek(0)
+    zipped = stream.read(2) == b"\x1f\x8b"
+    stream.seek(0)
+    content: Any = gzip.GzipFile(fileobj=stream) if zipped else stream
     head = content.read(_HEADER)
     content.seek(0)
     if head[344:348] == b"n+1\0":

@@ -55,13 +55,12 @@ def read_raster(
         ) from None
     with image:
         if frame:
-            try:
-                image.seek(frame)
-            except EOFError:
+            count = getattr(image, "n_frames", 1)
+            if frame >= count:
                 raise FastpieError(
-                    f"Expected one of {getattr(image, 'n_frames', 1)} frames of {name}, but got "
-                    f"frame {frame}."
-                ) from None
+                    f"Expected one of {count} frames of {name}, but got frame {frame}."
+                )
+            image.seek(frame)
         check_pixels(image.width * image.height, preprocessing, name)
         tags = getattr(image, "tag_v2", {})  # of a TIFF; gone once it is loaded
         bits, photometric = tags.get(_BITS, (16,))[0], tags.get(_PHOTOMETRIC)
