@@ -139,7 +139,10 @@ class DecodedImages:
         self._allowance = 0  # bytes that may be written before the folder is measured again
 
     def get(self, index: int, stamp: str) -> Pixels | None:
-        """The pixels of a sample, None where they are not there, not whole, or of an older source."""
+        """The pixels of a sample, None where they are not there, not whole, or of an older source.
+
+        Where all planes are the same it is one: [1, ...] instead of [C, ...].
+        """
         self._ready()
         if self._handles is None:
             return None
@@ -157,7 +160,7 @@ class DecodedImages:
             return None
         if read < pixels.nbytes or _checksum(pixels, index, width, source) != checksum:
             return None
-        return pixels if planes == self.shape[0] else np.repeat(pixels, self.shape[0], axis=0)
+        return pixels
 
     def put(self, index: int, stamp: str, pixels: Pixels) -> bool:
         """Keep the pixels of a sample.

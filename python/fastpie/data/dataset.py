@@ -148,7 +148,10 @@ class ManifestDataset(Dataset[tuple[Any, ...]]):
         label = None if self._labels is None else self._labels[index]
         if label is not None:
             label = torch.tensor(label) if label.ndim else int(label)
-        return torch.from_numpy(self._pixels(index)), label, self.sample_ids[index]
+        image = torch.from_numpy(self._pixels(index))
+        # A grey image in three channels is one plane in the cache; the batch copies it into three.
+        image = image.expand(self.preprocessing.channels, *image.shape[1:])
+        return image, label, self.sample_ids[index]
 
     def normalize(self, images: Tensor) -> Tensor:
         """Raw images, one or a batch, as the network takes them; see `Preprocessing.normalize`."""
