@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -12,7 +13,15 @@ from PIL import Image
 from fastpie.data.preprocessing import Preprocessing
 from fastpie.errors import FastpieError
 
-__all__ = ["Pixels", "check_pixels", "from_image", "from_values", "from_volume", "windowed"]
+__all__ = [
+    "Pixels",
+    "check_pixels",
+    "from_float_images",
+    "from_image",
+    "from_values",
+    "from_volume",
+    "windowed",
+]
 
 Pixels = npt.NDArray[np.uint8 | np.uint16]
 _Value = TypeVar("_Value", bound=np.generic)
@@ -79,14 +88,21 @@ def from_values(
     if values.ndim == 3 and preprocessing.channels == 1:
         values = values @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # as Pillow's "L"
     planes = [values] if values.ndim == 2 else list(np.moveaxis(values, -1, 0))
-    resized = []
-    for plane in planes:
-        image = Image.fromarray(np.ascontiguousarray(plane, dtype=np.float32))
-        size = _size(image, preprocessing)
-        if image.size != size:
-            image = image.resize(size, Image.Resampling.BILINEAR)
-        resized.append(np.rint(np.asarray(image)).astype(dtype))
-    return _channels(np.stack(resized), preprocessing)
+    images = [Image.fromarray(np.ascontiguousarray(p, dtype=np.float32)) for p in planes]
+    return from_float_images(images, preprocessing, dtype)
+
+
+def from_float_images(
+    images: Sequence[Image.Image],  # mode F, 1 or 3 planes, in [0, 255 or 65535]
+    preprocessing: Preprocessing,
+    dtype: Dtype,
+) -> Pixels:  # [C, H, W]
+    """`from_values` of what is in Pillow's memory already: its arrays are slow to go in and out."""
+    size = _size(images[0], preprocessing)
+    if images[0].size != size:
+        images = [image.resize(size, Image.Resampling.BILINEAR) for image in images]
+    planes = np.stack([np.rint(np.asarray(image)).astype(dtype) for image in images])
+    return _channels(planes, preprocessing)
 
 
 def from_volume(

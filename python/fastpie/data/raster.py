@@ -8,7 +8,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from fastpie.data.pixels import Pixels, check_pixels, from_image, from_values, windowed
+from fastpie.data.pixels import (
+    Pixels,
+    check_pixels,
+    from_float_images,
+    from_image,
+    from_values,
+    windowed,
+)
 from fastpie.data.preprocessing import Preprocessing
 from fastpie.errors import FastpieError
 
@@ -68,6 +75,9 @@ def read_raster(
         if _orientation(image) != 1:
             image = ImageOps.exif_transpose(image)
         if image.mode == "F" or image.mode.startswith("I"):
+            plain = image.mode.startswith("I;16") and bits == 16 and photometric != 0
+            if plain and preprocessing.window is None:
+                return from_float_images([image.convert("F")], preprocessing, np.uint16)
             values = _deep_values(image, bits, photometric == 0, preprocessing, name)
             return from_values(values, preprocessing, np.uint16)
         image.info.pop("transparency", None)  # left out, as alpha is; Pillow would warn of it
