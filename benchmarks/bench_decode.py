@@ -153,10 +153,10 @@ def rows_of(kind: str, count: int, workers: int, batch: int, repeats: int) -> li
 def main() -> None:
     """Measure, write the JSON, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=96, help="files of each format")
+    parser.add_argument("--images", type=int, default=64, help="files of each format")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     rows = [
         row
