@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any
 
 from typing_extensions import Self
@@ -15,9 +16,9 @@ __all__ = ["Interruption"]
 class Interruption:
     """While entered, the first SIGTERM or SIGINT only sets `requested`; a second one ends at once.
 
-    At the end the caller's handlers are back, and the signal that came is raised again: a process
-    ends as it would have, later by a batch. Outside the main thread Python handles no signals, and
-    this does nothing.
+    At the end the caller's handlers are back, and the signal that came is raised again, also when
+    finishing the batch failed: a process ends as it would have, later by a batch. Outside the main
+    thread Python handles no signals, and this does nothing.
 
     Attributes:
         requested: whether to stop.
@@ -36,11 +37,19 @@ class Interruption:
                     self._before[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._restore()
-        if self._signal is not None and exception[0] is None:
-            signal.raise_signal(self._signal)
-            raise SystemExit(128 + self._signal)  # the caller's handler returned
+        if self._signal is None or not (error is None or isinstance(error, Exception)):
+            return  # no signal, or a second one
+        if error is not None and signal.getsignal(self._signal) == signal.SIG_DFL:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        signal.raise_signal(self._signal)
+        raise SystemExit(128 + self._signal)  # the caller's handler returned
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

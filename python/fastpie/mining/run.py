@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from fastpie.dual import DualModel
 from fastpie.dual.calibration import statistics_of
 from fastpie.errors import FastpieError
-from fastpie.mining.interruption import Interruption
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Reader
 from fastpie.mining.result import MiningResult
@@ -146,22 +145,19 @@ def mine(
     reader = Reader(data, batch_size=batch_size, num_workers=num_workers, read_timeout=read_timeout)
     ranks = Ranks()
     try:
-        with Interruption() as interruption:
-            session = Session(
-                RunFolder(out), reader, loaders, several, ranks, progress, interruption
-            )
-            session.run(
-                task,
-                options,
-                device,
-                sample_ids=sample_ids,
-                models_at_once=models_at_once,
-                limit=limit,
-                shard=shard,
-                retry_errors=retry_errors,
-                log=log,
-                note=note,
-            )
+        session = Session(RunFolder(out), reader, loaders, several, ranks, progress)
+        session.run(
+            task,
+            options,
+            device,
+            sample_ids=sample_ids,
+            models_at_once=models_at_once,
+            limit=limit,
+            shard=shard,
+            retry_errors=retry_errors,
+            log=log,
+            note=note,
+        )
     finally:
         ranks.close()
     result = MiningResult(out)

@@ -83,7 +83,6 @@ class Session:
         several: bool,
         ranks: Ranks,
         progress: bool | None,
-        interruption: Interruption,
     ) -> None:
         """Nothing is read or written yet.
 
@@ -94,7 +93,6 @@ class Session:
             several: whether each model has a folder of its own.
             ranks: the processes of the run.
             progress: whether to show bars; None: on a terminal.
-            interruption: asks to stop.
         """
         self.folder = folder
         self.reader = reader
@@ -102,7 +100,6 @@ class Session:
         self.several = several
         self.ranks = ranks
         self.bar_disabled = (None if progress is None else not progress) if not ranks.rank else True
-        self.interruption = interruption
         self.plan: Plan
         self.ids_in_items = False
         self.config: dict[str, Any]
@@ -153,8 +150,6 @@ class Session:
                 duals = [first if n == 0 else self._load(n) for n in group]
                 members = self._open(group, duals, sample_ids, note, lock)
                 self._score(members, self._parts(shard), retry_errors, limit)
-                if self.interruption.requested:
-                    return
                 self.ranks.wait()
             self._finish(self._parts(shard))
         finally:
@@ -551,7 +546,9 @@ class Session:
         total = sum(len(self.plan.positions(number)) for _, number in items)
         rows = [PartRows() for _ in members]
         samples = 0  # of the open part
+        # Before and after, a signal ends the process at once: whatever is in the folder is whole.
         with (
+            Interruption() as asked,
             Writer() as writer,
             self._bar(total, "mining") as bar,
             contextlib.closing(self._read([number for _, number in items])) as batches,
@@ -566,7 +563,7 @@ class Session:
                 count = len(self.plan.positions(number))
                 bar.update(count)
                 samples += count
-                stop = self.interruption.requested
+                stop = asked.requested
                 if stop or number == work.batches[-1]:
                     for place, remaining in work.of.items():
                         task = partial(
