@@ -17,7 +17,10 @@ __all__ = ["RunLock"]
 
 _LENGTH = 2**40  # bytes of the lock file that stand for the whole run; the file itself stays empty
 _SETUP = _LENGTH  # the byte behind them: held while a run is begun or taken up
+_GATE = _LENGTH + 1  # held for an instant, to take a share or to look for others
+_END = _LENGTH + 2  # held while what is said of the whole run is written
 _POLL_SECONDS = 0.1
+_INSTANT = 0.001
 
 
 class _Held:
@@ -61,9 +64,13 @@ class RunLock:
         """
         held = self._open()
         try:
-            if not self._take(held, self._range):
+            with self._waiting_for(held, _GATE):
+                free = self._take(held, self._range)
+            if not free:
                 raise FastpieError(
-                    f"Expected {self.folder} for this run alone, but another run is writing to it."
+                    f"Expected {self.folder} for this run alone, but another run is writing to it. "
+                    "Wait for its end or stop it, or choose another folder; runs that share a folder "
+                    "need shards that do not overlap."
                 )
         except BaseException:
             self._close(held)
@@ -75,12 +82,27 @@ class RunLock:
         """Hold off the set-up of other shares, after those before; gives whether there are others."""
         held = self._held
         assert held is not None
-        while not self._take(held, (_SETUP, _SETUP + 1)):
-            time.sleep(_POLL_SECONDS)
+        with self._waiting_for(held, _SETUP):
+            # Looking takes what is free for an instant, which must not refuse a run that begins.
+            with self._waiting_for(held, _GATE):
+                others = self._others(held)
+            yield others
+
+    @contextmanager
+    def at_the_end(self) -> Iterator[None]:
+        """Hold off the end of other shares, after those before."""
+        assert self._held is not None
+        with self._waiting_for(self._held, _END):
+            yield
+
+    @contextmanager
+    def _waiting_for(self, held: _Held, byte: int) -> Iterator[None]:
+        while not self._take(held, (byte, byte + 1)):
+            time.sleep(_INSTANT if byte == _GATE else _POLL_SECONDS)
         try:
-            yield self._others(held)
+            yield
         finally:
-            self._give_back(held, (_SETUP, _SETUP + 1))
+            self._give_back(held, (byte, byte + 1))
 
     def _others(self, held: _Held) -> bool:
         others = False

@@ -151,7 +151,7 @@ class Session:
                 members = self._open(group, duals, sample_ids, note, lock)
                 self._score(members, self._parts(shard), retry_errors, limit)
                 self.ranks.wait()
-            self._finish(self._parts(shard))
+            self._finish(self._parts(shard), lock)
         finally:
             self.telemetry.close()
             if lock is not None:
@@ -635,14 +635,16 @@ class Session:
                 outs[place] = member.engine(*args)
         return outs
 
-    def _finish(self, parts: range) -> None:
+    def _finish(self, parts: range, lock: RunLock | None) -> None:
         """What is said of the whole run: the means over several models, the table of errors."""
         if self.several:
             mine = parts[self.ranks.rank :: self.ranks.count]
             merge_parts(self.folder, len(self.loaders), mine, self._changed)
             self.ranks.wait()
         if not self.ranks.rank:
-            self.folder.export_errors()
+            # One shard after the other, or the table of an earlier one could replace that of a later.
+            with contextlib.nullcontext() if lock is None else lock.at_the_end():
+                self.folder.export_errors()
 
     def _bar(self, total: int, what: str) -> Any:
         return tqdm(total=total, desc=what, unit="img", disable=self.bar_disabled, leave=False)
