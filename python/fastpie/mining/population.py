@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Sequence
 from functools import reduce
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,8 @@ import pyarrow.compute as pc
 from fastpie.mining.run_folder import NO_ROWS, RunFolder
 
 __all__ = ["merge_parts"]
+
+_MERGED = b"fastpie.merged"  # in the metadata of a part: what of the models is in it
 
 
 def merge_parts(
@@ -28,17 +32,41 @@ def merge_parts(
     Args:
         folder: of the run; the models' are in it.
         count: of models.
-        parts: to write, where they are not written yet.
-        changed: the parts whose rows have changed since.
+        parts: to write, where that is not done yet.
+        changed: the parts whose rows may have changed since.
     """
     members = [folder.member(number) for number in range(count)]
     there = set.intersection(*(set(m.done_parts()) for m in members))
     for part in parts:
         if part in there:
-            tables = [m.read_part(part) for m in members]
-            errors = {row["sample_id"]: row for m in reversed(members) for row in m.errors_of(part)}
-            folder.write_errors(part, [errors[i] for i in sorted(errors)])
-            folder.write_part(part, _mean(tables), {})
+            merged = [[m.part_rows(part), m.part_rows(part, "errors")] for m in members]
+            if part in changed or _merged(folder, part) != merged:
+                _merge(folder, members, part, merged)
+
+
+def _merge(folder: RunFolder, members: list[RunFolder], part: int, merged: Any) -> None:
+    """Write a part; at every instant each of its samples is in the scores or the errors."""
+    rows = [row for m in reversed(members) for row in m.errors_of(part)]
+    errors = {row["sample_id"]: row for row in rows}
+    table = _mean([m.read_part(part) for m in members])
+    try:
+        before = {row["sample_id"]: row for row in folder.errors_of(part)}
+    except (OSError, pa.ArrowException):
+        before = {}  # torn
+    every = {**before, **errors}
+    folder.write_errors(part, [every[i] for i in sorted(every)])
+    folder.write_part(part, table.replace_schema_metadata({_MERGED: json.dumps(merged)}), {})
+    if len(errors) < len(every):
+        folder.write_errors(part, [errors[i] for i in sorted(errors)])
+
+
+def _merged(folder: RunFolder, part: int) -> Any:
+    """How many scores and errors of each model are in a part; rows of a model are never replaced."""
+    try:
+        with folder.storage.parquet(folder.part_name(part)) as file:
+            return json.loads((file.schema_arrow.metadata or {})[_MERGED])
+    except (OSError, pa.ArrowException, KeyError, ValueError):
+        return None  # not there, torn, or of an older version
 
 
 def _mean(tables: list[pa.Table]) -> pa.Table:

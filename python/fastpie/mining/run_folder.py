@@ -244,7 +244,7 @@ class RunFolder:
         if not tables:
             return NO_ROWS
         # A part in which nothing could be scored has no rows and no other column.
-        return pa.concat_tables(tables, promote_options="default")
+        return pa.concat_tables(tables, promote_options="default").replace_schema_metadata()
 
     def read_extras(self, folder: str) -> pa.Table:
         """Logits or features of the parts that are done: the rows of `read_parts`, in its order.
