@@ -269,6 +269,8 @@ class Member:
         holding = [row for row in before_rows if row["sample_id"] not in scored]
         if new or whole:
             self.folder.write_errors(part, _in_order(before_rows + new))
+        if not add:  # what is there is torn; a crash must not leave it beside new logits
+            self.folder.remove_scores(part)
         self.folder.write_part(
             part, scores, {kind: pa.concat_tables(t) for kind, t in rows.extras.items()}
         )

@@ -121,10 +121,12 @@ class RunFolder:
         """Delete the temporary files of processes that were killed; no other may be writing."""
         if self.path is not None:
             folders = (".", "scores", "errors", "logits", "features")
-            for folder in (self.path / f for f in folders):
-                for leftover in folder.glob(".*.????????"):
-                    if leftover.name.startswith(_TEMPORARY):
-                        leftover.unlink()
+            with explained(self.location):
+                for folder in (self.path / f for f in folders):
+                    for leftover in folder.glob(".*.????????"):
+                        if leftover.name.startswith(_TEMPORARY):
+                            # A rank that outlives the first one may remove its own.
+                            leftover.unlink(missing_ok=True)
 
     # ------------------------------------------------------------------ single files
 
@@ -202,7 +204,7 @@ class RunFolder:
         except (OSError, pa.ArrowException, KeyError, TypeError) as error:
             raise FastpieError(
                 f"Expected the ids of the samples in {self.location}/samples.arrow, but: {error}. "
-                "Choose another folder, or remove this one."
+                "Remove that file: the next call of mine() makes it again from the data set."
             ) from error
 
     def manifest(self) -> pa.Table | None:
@@ -226,10 +228,20 @@ class RunFolder:
         return sorted(int(m[1]) for m in matches if m)
 
     def write_part(self, part: int, scores: pa.Table, extras: Mapping[str, pa.Table]) -> None:
-        """Write a part's extras (logits, features) and then, as the sign that it is done, its scores."""
+        """Write a part's extras (logits, features) and then, as the sign that it is done, its scores.
+
+        Scores that are there must be of samples in the new extras too; else see `remove_scores`.
+        """
         for folder, table in extras.items():
             self.write_table(self.part_name(part, folder), table)
         self.write_table(self.part_name(part), scores)
+
+    def remove_scores(self, part: int) -> None:
+        """Take back the sign that a part is done, if it is there."""
+        name = self.part_name(part)
+        if self.storage.exists(name):
+            with explained(self.location):
+                self.storage.remove(name)
 
     def read_part(
         self, part: int, folder: str = "scores", columns: Sequence[str] | None = None
@@ -290,6 +302,8 @@ class RunFolder:
             if part in there:
                 try:
                     rows = self.read_part(part, "errors")
+                except FileNotFoundError:  # another shard has mended it since
+                    continue
                 except (OSError, pa.ArrowException) as error:
                     raise FastpieError(
                         f"Expected a table in {self.location}/{self.part_name(part, 'errors')}, but: "

@@ -247,7 +247,7 @@ class Session:
         else:
             self._check_resumable(self.folder, record)
             if self.several:
-                models = record.get("models")
+                models = record.get("models", 1)
                 if models != len(self.loaders):
                     raise FastpieError(
                         f"Expected the {models} models of the run in {self.folder.location}, but got "
@@ -346,7 +346,8 @@ class Session:
 
     def _start(self, member: Member) -> None:
         """Try the first batches, and cut the parts by the time that one takes."""
-        if self.folder.done_parts():
+        members = map(self.folder.member, range(len(self.loaders) if self.several else 0))
+        if any(folder.done_parts() for folder in (self.folder, *members)):
             raise FastpieError(
                 f"Expected a new folder or a run in {self.folder.location}, but it holds scores "
                 "without a run.json. Choose another folder, or remove this one."
