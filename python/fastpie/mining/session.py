@@ -372,9 +372,10 @@ class Session:
             member.compile(self._example_arguments(), self.lanes.device, self._recalibration)
         member.save_masks()
         member.folder.export_errors(ERRORS_SCHEMA.empty_table())
+        record = {key: value for key, value in self.record.items() if key != "models"}
         member.folder.write_record(
             {
-                **self.record,
+                **record,
                 "fingerprints": {**member.fingerprints(), **data},
                 "masks_of_these_weights": _masks_of_these_weights(member.dual),
                 "hardness": member.scorer.hardness,
