@@ -190,7 +190,7 @@ def test_the_installed_command_and_the_module_are_the_same_program():
     [
         (["--channels", "3"], 1, "take images of shape [3, 8, 8]"),
         (["--device", "nonsense"], 1, "--device"),
-        (["--size", "8,9,10"], 2, "--size"),
+        (["--size", "8,9,10,11"], 2, "--size"),
         (["--size", "nan"], 2, "--size"),
         (["--labels", "label,path"], 1, "multilabel"),
     ],

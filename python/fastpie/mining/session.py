@@ -141,11 +141,12 @@ class Session:
             for start in range(0, len(self.loaders), at_once)
         ]
         self.folder.create()
-        lock = self._lock(shard)
         self.telemetry = Telemetry(
             self.folder.path, log, rank=self.ranks.rank, device=self.lanes.device
         )
+        lock = None
         try:
+            lock = self._lock(shard)
             for group in groups:
                 duals = [first if n == 0 else self._load(n) for n in group]
                 members = self._open(group, duals, sample_ids, note, lock)
