@@ -1,8 +1,8 @@
 """Decoding and the cache against a plain DataLoader with Pillow, on films of 1024 x 1024.
 
-Batches as mine() reads them: decoded integers between the processes, normalised once a batch. The
-plain data set does what most code does: Pillow, RGB, resize, fp32, normalise, in the workers. Run:
-`python -m benchmarks.bench_decode`.
+Ours is read as mine() reads it, by its own workers: decoded integers between the processes,
+normalised once a batch. The plain data set does what most code does, in as many workers of a
+DataLoader: Pillow, RGB, resize, fp32, normalise. Run: `python -m benchmarks.bench_decode`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import harness
 from fastpie.data import ManifestDataset, Preprocessing
+from fastpie.mining.plan import Plan
+from fastpie.mining.reading import Kind, Reader
 
 PREPROCESSING = Preprocessing(
     size=(224, 224), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
-CACHED_PASSES = 16  # over the cache in one measurement: one is over before the workers have begun
+CACHED_PASSES = 8  # over the cache in one measurement: one is over before the workers have begun
 PLAIN = "DataLoader with Pillow"
 
 
@@ -55,20 +56,6 @@ class PillowDataset(Dataset[Tensor]):
         return (x - self.mean) / self.std
 
 
-class RawDataset(Dataset[Tensor]):
-    """The images that mine() reads of a ManifestDataset."""
-
-    def __init__(self, data: ManifestDataset) -> None:
-        self.data = data
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> Tensor:
-        image: Tensor = self.data.raw(index)[0]
-        return image
-
-
 def film(generator: np.random.Generator) -> np.ndarray:  # [1024, 1024], in [0, 1]
     """What compresses like a chest film: soft shadows, ribs, fine grain."""
     y, x = np.mgrid[0:1024, 0:1024] / 512 - 1
@@ -92,47 +79,66 @@ def write_films(folder: Path, kind: str, count: int) -> list[Path]:
         else:
             paths.append(folder / f"{index:04d}.jpg")
             Image.fromarray((values * 255).astype(np.uint8)).save(paths[-1], quality=90)
-    (folder / "data.csv").write_text("path\n" + "".join(f"{p.name}\n" for p in paths))
     return paths
 
 
-def seconds_an_image(
-    data: Dataset[Tensor], workers: int, batch: int, passes: int, normalize: Callable[..., Tensor]
-) -> float:
-    """Of a pass through a DataLoader, worker start included."""
-    order = list(range(len(data))) * passes  # type: ignore[arg-type]
+def write_manifest(folder: Path, paths: list[Path], count: int) -> Path:
+    """Every film again and again, under another id, until there are enough samples."""
+    rows = [f"{index:06d},{paths[index % len(paths)].name}" for index in range(count)]
+    (folder / "data.csv").write_text("sample_id,path\n" + "\n".join(rows))
+    return folder / "data.csv"
+
+
+def plain_seconds(data: PillowDataset, workers: int, batch: int) -> float:
+    """For an image, in a pass through a DataLoader; worker start included."""
     begin = time.perf_counter()
-    for images in DataLoader(data, batch_size=batch, sampler=order, num_workers=workers):
-        normalize(images)
-    return (time.perf_counter() - begin) / len(order)
+    for _ in DataLoader(data, batch_size=batch, num_workers=workers):
+        pass
+    return (time.perf_counter() - begin) / len(data)
 
 
-def rows_of(kind: str, count: int, workers: int, batch: int, repeats: int) -> list[dict[str, Any]]:
+def mined_seconds(data: ManifestDataset, workers: int, batch: int, passes: int) -> float:
+    """For an image, in passes as mine() makes them; worker start included."""
+    reader = Reader(data, batch_size=batch, num_workers=workers)
+    plan = Plan.cut(data.sample_ids, batch)
+    order = [plan.positions(b) for b in range(plan.batches)] * passes
+    like = Kind([[3, 224, 224]], None)
+    begin = time.perf_counter()
+    for read in reader.read(plan, order, like=like):
+        if read.problems:
+            raise SystemExit(f"not read: {read.problems[0]}")
+        reader.normalize(read.images)
+    return (time.perf_counter() - begin) / len(data) / passes
+
+
+def rows_of(
+    kind: str, films: int, count: int, workers: int, batch: int, repeats: int
+) -> list[dict[str, Any]]:
     """First pass and cache against the plain loader."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = write_films(folder, kind, count)
-        plain = PillowDataset(paths)
-        kept = ManifestDataset(
-            folder / "data.csv", preprocessing=PREPROCESSING, cache=folder / "kept"
-        )
-        for index in range(count):
-            off = (kept[index][0] - plain[index]).abs().max()
-            if off > 1e-4:
-                raise SystemExit(f"{paths[index].name} differs by {off}: the loaders are not alike")
+        paths = write_films(folder, kind, films)
+        manifest = write_manifest(folder, paths, count)
+        plain = PillowDataset([paths[index % films] for index in range(count)])
+
+        def opened(cache: str) -> ManifestDataset:
+            return ManifestDataset(manifest, preprocessing=PREPROCESSING, cache=folder / cache)
 
         def first_pass() -> float:
             shutil.rmtree(folder / "new", ignore_errors=True)
-            data = ManifestDataset(
-                folder / "data.csv", preprocessing=PREPROCESSING, cache=folder / "new"
-            )
-            return seconds_an_image(RawDataset(data), workers, batch, 1, data.normalize)
+            return mined_seconds(opened("new"), workers, batch, 1)
 
+        kept = opened("kept")
+        mined_seconds(kept, workers, batch, 1)
+        for index in range(films):
+            off = (kept[index][0] - plain[index]).abs().max()
+            if off > 1e-4:
+                raise SystemExit(f"{paths[index].name} differs by {off}: the loaders are not alike")
         providers = {
-            PLAIN: lambda: seconds_an_image(plain, workers, batch, 1, lambda x: x),
+            PLAIN: lambda: plain_seconds(plain, workers, batch),
             "ManifestDataset, first pass": first_pass,
-            "ManifestDataset, from the cache": lambda: seconds_an_image(
-                RawDataset(kept), workers, batch, CACHED_PASSES, kept.normalize
+            "ManifestDataset, from the cache": lambda: mined_seconds(
+                kept, workers, batch, CACHED_PASSES
             ),
         }
         timings = harness.interleave(
@@ -153,15 +159,16 @@ def rows_of(kind: str, count: int, workers: int, batch: int, repeats: int) -> li
 def main() -> None:
     """Measure, write the JSON, print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=64, help="files of each format")
+    parser.add_argument("--films", type=int, default=32, help="files of each format")
+    parser.add_argument("--images", type=int, default=256, help="samples, which share the files")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=64, help="by default that of mine()")
     parser.add_argument("--repeats", type=int, default=5)
-    options = parser.parse_args()
+    o = parser.parse_args()
     rows = [
         row
         for kind in ("16-bit PNG", "8-bit JPEG")
-        for row in rows_of(kind, options.images, options.workers, options.batch, options.repeats)
+        for row in rows_of(kind, o.films, o.images, o.workers, o.batch, o.repeats)
     ]
     path = harness.write_results("decode", rows, packages=("pillow", "numpy", "xxhash"))
     for r in rows:
