@@ -153,7 +153,12 @@ def mine(
     ] = "1/1",
     retry_errors: Annotated[bool, typer.Option(help="Read again what could not be read.")] = False,
     log: Annotated[
-        Log | None, typer.Option(help="Rows of rates, stage times and GPU use in the run folder.")
+        Log | None,
+        typer.Option(
+            "--log",
+            "--telemetry",  # torchrun takes --log for an abbreviation of options of its own
+            help="Rows of rates, stage times and GPU use in the run folder.",
+        ),
     ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html when done.")] = True,
     unpickle: Unpickle = False,

@@ -185,6 +185,8 @@ class MiningResult:
         """The hardest samples as rows of `table`, int64, hardest first; see `select`."""
         if not 0 <= fraction <= 1:
             raise FastpieError(f"Expected `fraction` in [0, 1], but got {fraction}.")
+        if not len(self):  # then there are no columns either
+            return np.empty(0, np.int64)
         columns = [by] if per is None else [by, per]
         batches = self.scan(columns)
         check_numbers(self._parts.schema.field(by).type)
