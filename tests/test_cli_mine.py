@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,11 +57,10 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two checkpoints, and images of 20 patients in two splits, one image broken."""
     root = tmp_path_factory.mktemp("project")
     (root / "cli_network.py").write_text(NETWORK)
-    names: dict[str, Any] = {}
-    exec(NETWORK, names)
+    network = runpy.run_path(str(root / "cli_network.py"))["network"]
     for seed in range(2):
         torch.manual_seed(seed)
-        save_file(names["network"]().state_dict(), root / f"w{seed}.safetensors")
+        save_file(network().state_dict(), root / f"w{seed}.safetensors")
     generator = np.random.default_rng(0)
     with (root / "data.csv").open("w", newline="") as file:
         rows = csv.writer(file)
