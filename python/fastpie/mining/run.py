@@ -22,7 +22,7 @@ from fastpie.mining.session import Session
 from fastpie.pruning import prune
 from fastpie.scores.disagreement import TASKS
 
-__all__ = ["DEFAULT_LADDER", "mine"]
+__all__ = ["DEFAULT_LADDER", "check_arguments", "loader_of", "mine"]
 
 DEFAULT_LADDER = (0.1, 0.3, 0.5, 0.7)
 """Levels that a plain model is pruned at: moderate ones, at which it keeps its accuracy."""
@@ -119,19 +119,12 @@ def mine(
             a full disk. Samples that cannot be read or scored do not raise: they are in
             `result.errors`.
     """
-    if task not in TASKS:
-        raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
-    if limit is not None and limit < 1:
-        raise FastpieError(f"Expected a `limit` of at least 1, but got {limit}.")
+    check_arguments(task, limit, note)
     if not 0 <= shard[0] < shard[1]:
         raise FastpieError(f"Expected a `shard` (i, n) with 0 <= i < n, but got {shard}.")
-    try:
-        json.dumps(note)
-    except (TypeError, ValueError) as error:
-        raise FastpieError(f"Expected a `note` that JSON can hold, but: {error}.") from error
     several = not isinstance(dual, nn.Module)
     models = [dual] if isinstance(dual, nn.Module) else list(dual)
-    loaders = [_loader(model, keep_features) for model in models]
+    loaders = [loader_of(model, keep_features) for model in models]
     if not loaders:
         raise FastpieError("Expected at least one model, but got an empty list.")
     options = {
@@ -165,7 +158,23 @@ def mine(
     return result
 
 
-def _loader(model: Model | Callable[[], Model], keep_features: bool) -> Callable[[], DualModel]:
+def check_arguments(task: str, limit: int | None, note: dict[str, Any] | None) -> None:
+    """What can be told before anything is read; see `mine`.
+
+    Raises:
+        FastpieError: for what `mine` would not take.
+    """
+    if task not in TASKS:
+        raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
+    if limit is not None and limit < 1:
+        raise FastpieError(f"Expected a `limit` of at least 1, but got {limit}.")
+    try:
+        json.dumps(note)
+    except (TypeError, ValueError) as error:
+        raise FastpieError(f"Expected a `note` that JSON can hold, but: {error}.") from error
+
+
+def loader_of(model: Model | Callable[[], Model], keep_features: bool) -> Callable[[], DualModel]:
     """A function that gives the dual model, checked."""
 
     def load() -> DualModel:

@@ -40,7 +40,7 @@ from fastpie.mining.run_folder import ERRORS_SCHEMA, RunFolder, SampleIndex, con
 from fastpie.mining.telemetry import Telemetry
 from fastpie.mining.writer import Writer
 
-__all__ = ["Session"]
+__all__ = ["Session", "lock_run", "versions"]
 
 _NEEDED_TO_RESUME = {
     "versions", "config", "fingerprints", "labelled", "label_kind", "image_shape", "batches_per_part",
@@ -105,7 +105,8 @@ class Session:
         self.config: dict[str, Any]
         self.record: dict[str, Any]
         self.lanes: Lanes
-        self.telemetry: Telemetry
+        self.telemetry: Telemetry  # whoever calls `open` and `score` sets it
+        self._first: DualModel
         self._example: tuple[Any, ...] | None = None
         self._changed: set[int] = set()  # parts that this call has written
 
@@ -124,7 +125,34 @@ class Session:
         note: dict[str, Any] | None,
     ) -> None:
         """All of it; see `mine`."""
-        first = self.loaders[0]()
+        self.configure(task, options, device)
+        self.folder.create()
+        self.telemetry = Telemetry(
+            self.folder.path, log, rank=self.ranks.rank, device=self.lanes.device
+        )
+        lock = None
+        try:
+            if not self.ranks.rank:
+                lock = lock_run(self.folder, shard, len(self.loaders) if self.several else 0)
+            for group in self.groups(models_at_once):
+                members = self.open(group, sample_ids, note, lock)
+                todo = self.ranks.first(
+                    partial(self.todo, members, self._parts(shard), retry_errors, limit)
+                )
+                self._changed |= {work.part for work in todo}
+                self.score(members, todo[self.ranks.rank :: self.ranks.count])
+                self.ranks.wait()
+            self._finish(self._parts(shard), lock)
+        finally:
+            self.telemetry.close()
+            if lock is not None:
+                lock.release()
+
+    def configure(
+        self, task: str, options: dict[str, Any], device: str | torch.device | None
+    ) -> None:
+        """Load the first model, and know with it what decides the results; see `mine`."""
+        self._first = first = self.loaders[0]()
         self.lanes = Lanes(_usable_device(device, first))
         self.config = {
             "task": task,
@@ -135,47 +163,19 @@ class Session:
             "device": self.lanes.device.type,
             **options,
         }
-        at_once = models_at_once or _models_that_fit(first, len(self.loaders), self.lanes.device)
-        groups = [
-            range(start, min(start + at_once, len(self.loaders)))
-            for start in range(0, len(self.loaders), at_once)
-        ]
-        self.folder.create()
-        self.telemetry = Telemetry(
-            self.folder.path, log, rank=self.ranks.rank, device=self.lanes.device
-        )
-        lock = None
-        try:
-            lock = self._lock(shard)
-            for group in groups:
-                duals = [first if n == 0 else self._load(n) for n in group]
-                members = self._open(group, duals, sample_ids, note, lock)
-                self._score(members, self._parts(shard), retry_errors, limit)
-                self.ranks.wait()
-            self._finish(self._parts(shard), lock)
-        finally:
-            self.telemetry.close()
-            if lock is not None:
-                lock.release()
 
-    def _lock(self, shard: tuple[int, int]) -> RunLock | None:
-        if self.folder.path is None or self.ranks.rank:
-            return None
-        lock = RunLock(self.folder.path, shard)
-        lock.acquire()
-        with lock.set_up() as others:
-            if not others:
-                for number in range(len(self.loaders) if self.several else 0):
-                    self.folder.member(number).remove_leftovers()
-                self.folder.remove_leftovers()
-        return lock
+    def groups(self, at_once: int | None) -> list[range]:
+        """Numbers of the models that are held in memory together: so many, or as many as fit."""
+        count = len(self.loaders)
+        at_once = at_once or _models_that_fit(self._first, count, self.lanes.device)
+        return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
     def _parts(self, shard: tuple[int, int]) -> range:
         index, count = shard
         return range(index * self.plan.parts // count, (index + 1) * self.plan.parts // count)
 
     def _load(self, number: int) -> DualModel:
-        dual = self.loaders[number]()
+        dual = self.loaders[number]() if number else self._first
         found = {
             "sparsities": dual.masks.sparsities,
             "is_ladder": dual.masks.is_ladder,
@@ -191,10 +191,9 @@ class Session:
 
     # ------------------------------------------------------------------ set-up
 
-    def _open(
+    def open(
         self,
         group: range,
-        duals: Sequence[DualModel],
         sample_ids: Sequence[Any] | None,
         note: dict[str, Any] | None,
         lock: RunLock | None,
@@ -204,25 +203,27 @@ class Session:
 
         def begin() -> None:
             with contextlib.nullcontext() if lock is None else lock.set_up():
-                members.extend(self._begin(group, duals, sample_ids, note))
+                members.extend(self._begin(group, sample_ids, note))
 
         self.ranks.first(begin)
-        if self.ranks.rank:
-            if self.folder.record() is None:
-                raise FastpieError(
-                    f"Expected the run that rank 0 has begun in {self.folder.location}, but rank "
-                    f"{self.ranks.rank} finds none: all must see the same folder."
-                )
-            members = self._begin(group, duals, sample_ids, note)
-        return members
+        return self.take_up(group, sample_ids) if self.ranks.rank else members
+
+    def take_up(self, group: range, sample_ids: Sequence[Any] | None) -> list[Member]:
+        """The members of a group that another process has begun."""
+        if self.folder.record() is None:
+            raise FastpieError(
+                f"Expected the run that was begun in {self.folder.location}, but "
+                f"{platform.node()} finds none there: all processes must see the same folder."
+            )
+        return self._begin(group, sample_ids, None)
 
     def _begin(
         self,
         group: range,
-        duals: Sequence[DualModel],
         sample_ids: Sequence[Any] | None,
         note: dict[str, Any] | None,
     ) -> list[Member]:
+        duals = [self._load(number) for number in group]
         record = self.folder.record()
         self._cut(sample_ids, resumed=record is not None)
         data = {
@@ -536,15 +537,13 @@ class Session:
 
     # ------------------------------------------------------------------ scoring
 
-    def _score(
-        self, members: Sequence[Member], parts: range, retry_errors: bool, limit: int | None
-    ) -> None:
-        """Score what the members of a group have not, in this process's share of the parts."""
-        todo: list[_Work] = self.ranks.first(
-            lambda: self._todo(members, parts, retry_errors, limit)
-        )
-        self._changed |= {work.part for work in todo}
-        todo = todo[self.ranks.rank :: self.ranks.count]
+    def score(self, members: Sequence[Member], todo: Sequence[_Work]) -> tuple[int, int]:
+        """Score what the members of a group have not.
+
+        Returns:
+            How many scores and how many errors that gave, of all members.
+        """
+        scores = errors = 0
         items = [(work, number) for work in todo for number in work.batches]
         total = sum(len(self.plan.positions(number)) for _, number in items)
         rows = [PartRows() for _ in members]
@@ -563,6 +562,8 @@ class Session:
             ):
                 for place, scored in found.items():
                     rows[place].add(scored)
+                    scores += sum(table.num_rows for table in scored.tables)
+                    errors += len(scored.problems)
                 count = len(self.plan.positions(number))
                 bar.update(count)
                 samples += count
@@ -577,6 +578,7 @@ class Session:
                     rows, samples = [PartRows() for _ in members], 0
                 if stop:
                     break
+        return scores, errors
 
     def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The same batches; what is waited for them is counted."""
@@ -597,8 +599,12 @@ class Session:
         with self.telemetry.stage("write"):
             member.write(part, rows, add=add)
 
-    def _todo(
-        self, members: Sequence[Member], parts: range, retry_errors: bool, limit: int | None
+    def todo(
+        self,
+        members: Sequence[Member],
+        parts: Sequence[int],
+        retry_errors: bool,
+        limit: int | None = None,
     ) -> list[_Work]:
         """What remains of some parts, in their order, at most `limit` samples (in whole batches)."""
         remaining = [member.remaining(parts, retry_errors=retry_errors) for member in members]
@@ -651,6 +657,32 @@ class Session:
 
     def _bar(self, total: int, what: str) -> Any:
         return tqdm(total=total, desc=what, unit="img", disable=self.bar_disabled, leave=False)
+
+
+def lock_run(folder: RunFolder, shard: tuple[int, int], models: int) -> RunLock | None:
+    """Keep other runs out of a stretch of a run, and tidy up after killed ones.
+
+    Args:
+        folder: of the run, which is there.
+        shard: the stretch.
+        models: that have folders of their own.
+
+    Returns:
+        The lock, to be released; None at a URL, where there is none.
+
+    Raises:
+        FastpieError: if another run holds some of it.
+    """
+    if folder.path is None:
+        return None
+    lock = RunLock(folder.path, shard)
+    lock.acquire()
+    with lock.set_up() as others:
+        if not others:
+            for number in range(models):
+                folder.member(number).remove_leftovers()
+            folder.remove_leftovers()
+    return lock
 
 
 def versions() -> dict[str, Any]:
