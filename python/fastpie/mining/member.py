@@ -6,7 +6,6 @@ import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -27,8 +26,6 @@ from fastpie.mining.run_folder import NO_ROWS, RunFolder, explained
 from fastpie.mining.scoring import Scorer
 
 __all__ = ["Member", "Remaining", "error_rows"]
-
-_READERS = 8  # threads that look at parts: where the folder is far away, they wait side by side
 
 
 class Remaining(NamedTuple):
@@ -182,13 +179,12 @@ class Member:
         Returns:
             Only parts of which something remains.
         """
-        there = set(self.folder.done_parts())
-        failed = set(self.folder.done_parts("errors"))
-        with ThreadPoolExecutor(_READERS) as pool:
-            found = pool.map(
-                lambda p: self._remaining(p, p in there, p in failed, retry_errors), parts
-            )
-            states = dict(zip(parts, found, strict=True))
+        there = self.folder.done_among(parts)
+        failed = self.folder.done_among(parts, "errors")
+        found = self.folder.each(
+            lambda p: self._remaining(p, p in there, p in failed, retry_errors), parts
+        )
+        states = dict(zip(parts, found, strict=True))
         for part, state in states.items():
             if part in there and not state.rows:
                 warnings.warn(f"Part {part} cannot be read and is scored again.", stacklevel=5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,9 @@ class Parts:
             FastpieError: for a table that cannot be read.
         """
         self._storage = storage
-        footers = [(name, *self._footer(name)) for name in names]
+        with ThreadPoolExecutor(storage.parallel) as pool:
+            found = pool.map(self._footer, names)
+            footers = [(name, *footer) for name, footer in zip(names, found, strict=True)]
         # A part in which nothing could be scored has no rows and, besides sample_id, no column.
         filled = [footer for footer in footers if footer[1]]
         self.names = [name for name, _, _ in filled]
@@ -136,25 +140,22 @@ class Parts:
                 )
             here = set(file.schema_arrow.names)
             columns = [column for column in schema.names if column in here]
-            try:
-                for batch in file.iter_batches(
-                    batch_rows, columns=columns or ["sample_id"], use_threads=False
-                ):
-                    yield _as_schema(batch, schema)
-            except (OSError, pa.ArrowException) as error:
-                raise self._unreadable(name, error) from error
+            for batch in file.iter_batches(
+                batch_rows, columns=columns or ["sample_id"], use_threads=False
+            ):
+                yield _as_schema(batch, schema)
 
-    def _open(self, name: str) -> pq.ParquetFile:
+    @contextmanager
+    def _open(self, name: str) -> Iterator[pq.ParquetFile]:
         try:
-            return self._storage.parquet(name)
+            with self._storage.parquet(name) as file:
+                yield file
         except (OSError, pa.ArrowException) as error:
-            raise self._unreadable(name, error) from error
-
-    def _unreadable(self, name: str, error: Exception) -> FastpieError:
-        return FastpieError(
-            f"Expected a Parquet table at {self._storage.location}/{name}, but: {error}. If it is "
-            "damaged, remove it: the next call of mine() with this run folder scores the part again."
-        )
+            raise FastpieError(
+                f"Expected a Parquet table at {self._storage.location}/{name}, but: {error}. If it is "
+                "damaged, remove it: the next call of mine() with this run folder scores the part "
+                "again."
+            ) from error
 
 
 def _as_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

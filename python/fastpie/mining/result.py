@@ -61,7 +61,8 @@ class MiningResult:
         """
         if self._folder.path is None:
             raise FastpieError(
-                f"Expected a run on this machine, but it is at {self.location}: copy it first."
+                f"Expected a run on this machine, but it is at {self.location}: copy it here first, or "
+                "name the file to write."
             )
         return self._folder.path
 

@@ -18,10 +18,11 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -36,6 +37,7 @@ from fastpie.mining.storage import LocalStorage, storage_at
 __all__ = ["ERRORS_SCHEMA", "NO_ROWS", "RunFolder", "SampleIndex", "config_hash", "explained"]
 
 FORMAT = "fastpie-run-2"
+_T = TypeVar("_T")
 ERRORS_SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
@@ -142,9 +144,12 @@ class RunFolder:
                 raise ValueError(f"format {record['format']!r}")
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except OSError as error:
+            raise unreachable(self.location, error) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FastpieError(
-                f"Expected a run of format {FORMAT!r} in {self.location}, but run.json holds: {error}."
+                f"Expected a run of format {FORMAT!r} in {self.location}, but run.json holds: {error}. "
+                "Choose another folder, or remove this one."
             ) from error
         return dict(record)
 
@@ -224,8 +229,26 @@ class RunFolder:
 
     def done_parts(self, folder: str = "scores") -> list[int]:
         """Numbers of the parts that are there, increasing."""
-        matches = (_PART.fullmatch(name) for name in self.storage.names(folder))
+        try:
+            names = self.storage.names(folder)
+        except OSError as error:
+            raise unreachable(f"{self.location}/{folder}", error) from error
+        matches = map(_PART.fullmatch, names)
         return sorted(int(m[1]) for m in matches if m)
+
+    def done_among(self, parts: Sequence[int], folder: str = "scores") -> set[int]:
+        """Those of some parts that are there; a long folder is not listed for a few."""
+        if len(parts) > self.storage.parallel:
+            return set(self.done_parts(folder)).intersection(parts)
+        try:
+            return {p for p in parts if self.storage.exists(self.part_name(p, folder))}
+        except OSError as error:
+            raise unreachable(f"{self.location}/{folder}", error) from error
+
+    def each(self, read: Callable[[int], _T], parts: Sequence[int]) -> list[_T]:
+        """read(part) of some parts, in their order, several side by side."""
+        with ThreadPoolExecutor(self.storage.parallel) as pool:
+            return list(pool.map(read, parts))
 
     def write_part(self, part: int, scores: pa.Table, extras: Mapping[str, pa.Table]) -> None:
         """Write a part's extras (logits, features) and then, as the sign that it is done, its scores.
@@ -252,7 +275,7 @@ class RunFolder:
 
     def read_parts(self) -> pa.Table:
         """The scores of the parts that are done, in their order."""
-        tables = [self.read_part(part) for part in self.done_parts()]
+        tables = self.each(self.read_part, self.done_parts())
         if not tables:
             return NO_ROWS
         # A part in which nothing could be scored has no rows and no other column.
@@ -264,12 +287,15 @@ class RunFolder:
         They are written before the scores, so after a crash they can hold samples that the scores
         do not have yet.
         """
-        tables = []
-        for part in self.done_parts():
+
+        def read(part: int) -> pa.Table | None:
             ids = self.read_part(part, columns=["sample_id"])["sample_id"]
-            if len(ids):
-                table = self.read_part(part, folder)
-                tables.append(table.take(pc.index_in(ids, table["sample_id"])))
+            if not len(ids):
+                return None
+            table = self.read_part(part, folder)
+            return table.take(pc.index_in(ids, table["sample_id"]))
+
+        tables = [table for table in self.each(read, self.done_parts()) if table is not None]
         return pa.concat_tables(tables) if tables else None
 
     def part_rows(self, part: int, folder: str = "scores") -> int:
@@ -296,22 +322,23 @@ class RunFolder:
 
     def errors(self) -> pa.Table:
         """What could not be read or scored, of the parts that are there: see ERRORS_SCHEMA."""
+
+        def read(part: int) -> pa.Table:
+            try:
+                rows = self.read_part(part, "errors")
+            except FileNotFoundError:  # another shard has mended it since
+                return ERRORS_SCHEMA.empty_table()
+            except (OSError, pa.ArrowException) as error:
+                raise FastpieError(
+                    f"Expected a table in {self.location}/{self.part_name(part, 'errors')}, but: "
+                    f"{error}. Remove it, and the next call of mine() reads its samples again."
+                ) from error
+            scored = self.read_part(part, columns=["sample_id"])["sample_id"]
+            return rows.filter(pc.invert(pc.is_in(rows["sample_id"], scored)))
+
         there = set(self.done_parts())
-        tables = [ERRORS_SCHEMA.empty_table()]
-        for part in self.done_parts("errors"):
-            if part in there:
-                try:
-                    rows = self.read_part(part, "errors")
-                except FileNotFoundError:  # another shard has mended it since
-                    continue
-                except (OSError, pa.ArrowException) as error:
-                    raise FastpieError(
-                        f"Expected a table in {self.location}/{self.part_name(part, 'errors')}, but: "
-                        f"{error}. Remove it, and the next call of mine() reads its samples again."
-                    ) from error
-                scored = self.read_part(part, columns=["sample_id"])["sample_id"]
-                tables.append(rows.filter(pc.invert(pc.is_in(rows["sample_id"], scored))))
-        return pa.concat_tables(tables)
+        parts = [part for part in self.done_parts("errors") if part in there]
+        return pa.concat_tables([ERRORS_SCHEMA.empty_table(), *self.each(read, parts)])
 
     def errors_of(self, part: int) -> list[dict[str, Any]]:
         """The errors of one part, in sample_id order; none where there is no file.
@@ -330,8 +357,9 @@ class RunFolder:
         name = self.part_name(part, "errors")
         if len(table):
             self.write_table(name, table)
-        elif self.storage.exists(name):
-            with explained(self.location):
+            return
+        with explained(self.location):
+            if self.storage.exists(name):
                 self.storage.remove(name)
 
     def export_errors(self, errors: pa.Table | None = None) -> None:
@@ -349,6 +377,14 @@ class RunFolder:
 def config_hash(config: Mapping[str, Any]) -> str:
     """Hash of what decides the results of a run."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def unreachable(location: str, error: OSError) -> FastpieError:
+    """A failed look at a run as a FastpieError that says what to do."""
+    return FastpieError(
+        f"Expected to read {location}, but {type(error).__name__}: {error}. Check the address and the "
+        "rights to it, and run the same command again."
+    )
 
 
 @contextmanager

@@ -25,9 +25,11 @@ class Storage(Protocol):
 
     Attributes:
         location: of the folder, as the user gave it.
+        parallel: how many files are best read side by side.
     """
 
     location: str
+    parallel: int
 
     def file(self, name: str) -> Any:
         """A context with a local path to write to, which becomes the file at its end."""
@@ -35,8 +37,8 @@ class Storage(Protocol):
     def read(self, name: str) -> bytes:
         """The content of a file."""
 
-    def parquet(self, name: str) -> pq.ParquetFile:
-        """A table, opened without reading its rows; to be closed."""
+    def parquet(self, name: str) -> Any:
+        """A context with a `pq.ParquetFile`, opened without reading its rows."""
 
     def names(self, folder: str) -> list[str]:
         """Names of the files in a sub-folder, without it; none where there is no such folder."""
@@ -60,13 +62,16 @@ def storage_at(location: str | os.PathLike[str]) -> Storage:
     text = os.fspath(location)
     if "://" not in text:
         return LocalStorage(Path(text))
-    if text.startswith("file://"):
-        return LocalStorage(Path(text.removeprefix("file://")))
+    scheme, _, path = text.partition("://")
+    if scheme in ("file", "local"):
+        return LocalStorage(Path(path))
     return RemoteStorage(text)
 
 
 class LocalStorage:
     """A folder: files are written to a temporary name, synced and renamed."""
+
+    parallel = 8
 
     def __init__(self, path: Path) -> None:
         """A folder, which need not exist yet."""
@@ -113,7 +118,12 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """A URL: an object store puts a file whole, so nothing is renamed."""
+    """A URL: an object store puts a file whole, so nothing is renamed.
+
+    Other processes write there too, so what fsspec remembers of a folder is asked for again.
+    """
+
+    parallel = 32  # they wait for answers, not for each other
 
     def __init__(self, url: str) -> None:
         """A folder of an object store or another machine."""
@@ -135,25 +145,38 @@ class RemoteStorage:
             yield path
             with _as_oserror():
                 target = self._path(name)
-                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
-                self._fs.put_file(str(path), target)
+                try:
+                    self._fs.put_file(str(path), target)
+                except FileNotFoundError:
+                    # To make the folders of a misspelt URL would make a bucket.
+                    top = target[: target.find("/", 1)]
+                    if not self._fs.exists(top):
+                        raise
+                    self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    self._fs.put_file(str(path), target)
 
     def read(self, name: str) -> bytes:
         """See `Storage`."""
         with _as_oserror():
             return bytes(self._fs.cat_file(self._path(name)))
 
-    def parquet(self, name: str) -> pq.ParquetFile:
+    @contextmanager
+    def parquet(self, name: str) -> Iterator[pq.ParquetFile]:
         """See `Storage`."""
-        with _as_oserror():
-            return pq.ParquetFile(self._fs.open(self._path(name), "rb"))
+        with (
+            _as_oserror(),
+            self._fs.open(self._path(name), "rb") as source,
+            pq.ParquetFile(source) as file,
+        ):
+            yield file
 
     def names(self, folder: str) -> list[str]:
         """See `Storage`."""
         with _as_oserror():
-            self._fs.invalidate_cache()  # others write there too
+            path = self._path(folder)
+            self._fs.invalidate_cache(path)
             try:
-                found = self._fs.ls(self._path(folder), detail=False)
+                found = self._fs.ls(path, detail=False)
             except FileNotFoundError:
                 return []
             return [path.rpartition("/")[2] for path in found]
@@ -167,7 +190,9 @@ class RemoteStorage:
     def exists(self, name: str) -> bool:
         """See `Storage`."""
         with _as_oserror():
-            return bool(self._fs.exists(self._path(name)))
+            path = self._path(name)
+            self._fs.invalidate_cache(path)
+            return bool(self._fs.exists(path))
 
     def remove(self, name: str) -> None:
         """See `Storage`."""
@@ -183,7 +208,7 @@ def _as_oserror() -> Iterator[None]:
     """The errors of a store's own client library, which share no class, as OSErrors."""
     try:
         yield
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, FastpieError):
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error

@@ -74,7 +74,7 @@ def facts(result: MiningResult) -> list[tuple[str, str]]:
     config = record["config"]
     fingerprints = record.get("fingerprints", {})
     rows = [
-        ("run", str(result.path)),
+        ("run", result.location),
         ("started", _time(record.get("created", ""))),
         ("versions", ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())),
         *((f"fingerprint of the {name}", str(value)) for name, value in fingerprints.items()),

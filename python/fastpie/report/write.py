@@ -86,7 +86,7 @@ def _content(
     by = "label" if columns.multilabels() is not None else class_column(columns)
     shown = sorted(rows, key=lambda row: -(row.hardness or 0.0))[:_MOST_ROWS]
     return {
-        "title": result.path.resolve().name,
+        "title": Path(result.location).resolve().name,
         "summary": sentences(result, columns, curve),
         "facts": facts(result),
         "gallery": gallery,
