@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv in this folder, torch pinned by constraints.txt.
-.PHONY: install demo test sanitize emulate bench bench-peers peers bench-report lint format gpu-check clean
+.PHONY: install demo test test-faults sanitize emulate bench bench-peers peers bench-report lint format gpu-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -33,9 +33,14 @@ demo: install
 # of their own.
 test: install
 	$(BIN)/python -m pytest -m "not triton_interpreter and not triton_compile and not cuda \
-	  and not cuda_emulated"
+	  and not cuda_emulated and not faults"
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m triton_interpreter tests/triton_kernels
 	$(BIN)/python -m pytest -m triton_compile tests/triton_kernels
+
+# Runs of mine() killed at random instants, alone and under torchrun, signalled, in shards. The
+# seed of a failure is shown: FASTPIE_FAULTS_SEED=seed makes its instants again.
+test-faults: install
+	$(BIN)/python -m pytest -m faults tests/faults
 
 # Tests of the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer (of GCC); the first
 # finding ends the run. Only the kernels are instrumented, in a package of their own; tensors have

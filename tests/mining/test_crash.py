@@ -1,9 +1,8 @@
-"""Runs killed with SIGKILL at random instants and resumed, against an undisturbed run."""
+"""A run killed with SIGKILL and resumed, against an undisturbed run; tests/faults has many more."""
 
 from __future__ import annotations
 
 import os
-import random
 import subprocess
 import sys
 import time
@@ -118,29 +117,6 @@ def check_equal(folder: Path, whole: Path) -> None:
         assert one.tobytes() == two.tobytes()
     # Nothing is left of the interrupted writes.
     assert not [p for p in folder.rglob(".*") if p.name != ".lock"]
-
-
-def test_ten_kills(script: Path, tmp_path: Path) -> None:
-    finish(script, tmp_path / "whole")
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")  # shown where the test fails
-    instants = random.Random(seed)
-    folder, progress = tmp_path / "run", []
-    for kill in range(10):
-        with started(script, folder, pause=0.02) as process:
-            # By turns at the start, and up to some parts after the next one is written: 60 parts
-            # of 80 ms at least are not done by then.
-            while kill % 2 and parts_in(folder) == progress[-1]:
-                assert process.poll() is None, errors_of(script)
-                time.sleep(0.002)
-            time.sleep(instants.uniform(0.0, 0.4 if kill % 2 else 0.2))
-            assert process.poll() is None, f"ended by itself; {progress}; {errors_of(script)}"
-        assert process.returncode == -9
-        progress.append(parts_in(folder))
-    print(f"parts after each kill: {progress}")
-    assert progress == sorted(progress)  # nothing written is lost
-    finish(script, folder)
-    check_equal(folder, tmp_path / "whole")
 
 
 def test_a_kill_with_worker_processes(script: Path, tmp_path: Path) -> None:
