@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv in this folder, torch pinned by constraints.txt.
-.PHONY: install demo test test-faults sanitize emulate bench bench-peers peers bench-report lint format gpu-check clean
+.PHONY: install demo test test-faults sanitize emulate bench bench-mining bench-peers peers bench-report lint format gpu-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -84,6 +84,13 @@ bench: install
 	$(BIN)/python -m benchmarks.bench_demo
 	$(BIN)/python -m pytest benchmarks/test_operations.py --short --benchmark-max-time=0.3 \
 	  --benchmark-columns=min,median,rounds
+
+# Long runs: decoding and its cache, what mine() adds, taking up, selecting. Alone on the machine, with
+# 5 GB free in /tmp; a quarter of an hour.
+bench-mining: install
+	$(BIN)/python -m benchmarks.bench_decode
+	$(BIN)/python -m benchmarks.bench_mining
+	$(BIN)/python -m benchmarks.bench_select
 
 # The goals table of the CPU engine against everybody else; for hours, alone on the machine.
 # Parts of it: python -m benchmarks.bench_dual --help

@@ -1,7 +1,7 @@
 """`make bench-report`: the tables of the documents and the plots in docs/ from the committed results.
 
 A block lies between `<!-- NAME:begin -->` and `<!-- NAME:end -->`: `benchmarks` (what
-is fast by itself), `benchmarks:dual` (whole networks), `demo` in the README; `goals`, `layers` in
+is fast by itself), `benchmarks:dual` (whole networks), `benchmarks:mining` (long runs), `demo` in the README; `goals`, `layers` in
 docs/design/cpu-engine.md.
 """
 
@@ -228,6 +228,40 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# What a run of any length is made of, by the files that hold it.
+MINING = ("decode", "mining", "select")
+
+
+def mining_table(rows: list[dict[str, Any]]) -> str:
+    """One line a measurement: its time and peak of memory, and those of what it is put against."""
+    lines = [
+        "| what | how | time | peak | against | its time | its peak | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        size = row.get("images") or row.get("samples") or row["size"][0]
+        what = row["format"] if "format" in row else f"{row['task']}, {size:,}"
+        against = ["", "", "", ""]
+        if "ratio" in row:
+            seconds, peak = _time(row["baseline_seconds"]["p50"]), _mib(row, "baseline_peak_mib")
+            against = [row["baseline"], seconds, peak, f"**{row['ratio']:g}x**"]
+        cells = [
+            what,
+            row["provider"],
+            _time(row["seconds"]["p50"]),
+            _mib(row, "peak_mib"),
+            *against,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    for source in sorted({_source(row) for row in rows}):
+        lines += ["", source]
+    return "\n".join(lines)
+
+
+def _mib(row: dict[str, Any], key: str) -> str:
+    return f"{row[key]:,.0f} MiB" if key in row else ""
+
+
 def _source(row: dict[str, Any], *, command: bool = True) -> str:
     head = row["head"]
     machine, versions = head["machine"], head["versions"]
@@ -283,8 +317,9 @@ def main() -> None:
     """Rewrite what is between the markers of the documents, and the plots."""
     rows = load()
     dual = [row for row in rows if row["head"]["what"] == "dual-forward"]
-    speed = [row for row in rows if "ratio" in row and row not in dual]
-    blocks = {"benchmarks": table(speed)}
+    mining = [row for row in rows if row["head"]["what"] in MINING]
+    speed = [row for row in rows if "ratio" in row and row not in dual and row not in mining]
+    blocks = {"benchmarks": table(speed), "benchmarks:mining": mining_table(mining)}
     if dual:
         blocks["benchmarks:dual"] = dual_table(dual)
         plot_dual(dual, ROOT / "docs" / "dual.svg")
