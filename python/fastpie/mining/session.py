@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -134,7 +135,8 @@ class Session:
         try:
             if not self.ranks.rank:
                 lock = lock_run(self.folder, shard, len(self.loaders) if self.several else 0)
-            for group in self.groups(models_at_once):
+            # Of rank 0: the memory that is free differs from one process to the next.
+            for group in self.ranks.first(partial(self.groups, models_at_once)):
                 members = self.open(group, sample_ids, note, lock)
                 todo = self.ranks.first(
                     partial(self.todo, members, self._parts(shard), retry_errors, limit)
@@ -709,11 +711,18 @@ def _models_that_fit(dual: DualModel, count: int, device: torch.device) -> int:
     size = sum(t.nbytes for t in (*dual.model.parameters(), *dual.model.buffers()))
     # The private copy, the dense weights, and of each level values and places of those kept.
     each = size * (2 + sum(2 * (1 - s) for s in dual.sparsities))
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     return max(1, min(count, int(free / 2 / max(each, 1))))
+
+
+def _free_memory() -> int:
+    """Bytes of main memory that programs can have without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return int(kibibytes) * 1024
+    except (OSError, StopIteration):  # not Linux: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def _usable_device(device: str | torch.device | None, dual: DualModel) -> torch.device:
