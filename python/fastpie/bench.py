@@ -273,11 +273,13 @@ def plot_bench(result: dict[str, Any], *, ax: Axes | None = None) -> tuple[Figur
         result: of `run_bench`.
         ax: to draw on; by default a new figure.
     """
-    from fastpie.report._extra import load_extra
+    from fastpie._extras import load_extra
     from fastpie.report.plots import DENSE, PRUNED
 
     if ax is None:
-        figure = load_extra("matplotlib.figure").Figure(figsize=(7, 2.4), layout="constrained")
+        figure = load_extra("matplotlib.figure", "report", "a plot").Figure(
+            figsize=(7, 2.4), layout="constrained"
+        )
         ax = figure.add_subplot()
         ax.spines[["top", "right"]].set_visible(False)
     rows = result["rows"]

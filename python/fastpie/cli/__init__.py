@@ -149,15 +149,15 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Time the engine on your model, on noise, against two passes in PyTorch."""
+    from fastpie._extras import load_extra
     from fastpie.bench import plot_bench, run_bench
-    from fastpie.report._extra import load_extra
 
     if plot is not None and plot.suffix not in (".svg", ".png", ".pdf"):
         raise typer.BadParameter(
             f"expected .svg, .png or .pdf, but got {plot}", param_hint="--plot"
         )
     if plot is not None:  # before the minutes of measuring
-        load_extra("matplotlib.figure")
+        load_extra("matplotlib.figure", "report", "a plot")
         if not plot.parent.is_dir():
             raise FastpieError(f"Expected to write {plot}, but {plot.parent} is no folder.")
     sides = size_of(size, most=3)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from fastpie.data._medical import INSTALL, load_medical
+from fastpie._extras import how_to_install, load_extra
 from fastpie.data.pixels import (
     Pixels,
     check_pixels,
@@ -53,7 +53,7 @@ def read_dicom(
         FastpieError: if it holds no pixels or more than allowed, a frame must be chosen, or no
             decoder for its compression is installed.
     """
-    pydicom = load_medical("pydicom", "DICOM files")
+    pydicom = load_extra("pydicom", "medical", "DICOM files")
     try:
         data = pydicom.dcmread(stream, force=True)
     except Exception as error:  # pydicom has its own kinds for damaged files
@@ -139,7 +139,7 @@ def _check_decoder(data: Any, name: str) -> None:
     if not available:
         raise FastpieError(
             f"Expected a decoder for {syntax.name}, in which {name} is stored, but none is "
-            f"installed. {INSTALL}"
+            f"installed. {how_to_install('medical')}"
         )
 
 
@@ -151,7 +151,11 @@ def _stored(data: Any, frame: int, name: str) -> npt.NDArray[Any]:  # [H, W] or 
         array: npt.NDArray[Any] = pixel_array(data, index=frame)
     except Exception as error:
         syntax = data.file_meta.TransferSyntaxUID
-        hint = f" If the decoder is missing: {INSTALL}" if syntax.is_compressed else ""
+        hint = (
+            f" If the decoder is missing: {how_to_install('medical')}"
+            if syntax.is_compressed
+            else ""
+        )
         raise FastpieError(
             f"Expected readable pixels ({syntax.name}), but in {name}: {error}{hint}"
         ) from error

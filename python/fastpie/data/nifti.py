@@ -9,7 +9,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastpie.data._medical import load_medical
+from fastpie._extras import load_extra
 from fastpie.data.pixels import Pixels, check_pixels, from_values, from_volume, windowed
 from fastpie.data.preprocessing import Preprocessing
 from fastpie.errors import FastpieError
@@ -35,7 +35,7 @@ def read_nifti(
             `max_pixels`, or a slice must be chosen.
         OSError: if it is truncated.
     """
-    nibabel = load_medical("nibabel", "NIfTI files")
+    nibabel = load_extra("nibabel", "medical", "NIfTI files")
     zipped = stream.read(2) == b"\x1f\x8b"
     stream.seek(0)
     content: Any = gzip.GzipFile(fileobj=stream) if zipped else stream

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import json
 import os
 import platform
@@ -22,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from fastpie._extras import load_extra
 from fastpie.errors import FastpieError
 from fastpie.mining.member import Member
 from fastpie.mining.population import merge_parts
@@ -450,14 +450,8 @@ class _Cluster:
 
 
 def _ray() -> Any:
-    try:
-        importlib.import_module("ray.data")
-        return importlib.import_module("ray")
-    except ImportError as error:
-        raise FastpieError(
-            f"Expected Ray Data for a run on a cluster, but it cannot be imported ({error}). Install "
-            "it with: pip install 'fastpie[ray]'"
-        ) from error
+    load_extra("ray.data", "ray", "a run on a cluster")
+    return load_extra("ray", "ray", "a run on a cluster")
 
 
 def _pool_size(actors: int | tuple[int, int] | None) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fastpie._extras import load_extra
 from fastpie.errors import FastpieError
 from fastpie.mining.selection import Strata
 
@@ -69,11 +70,4 @@ def _read(sketch: Any, q: np.ndarray) -> np.ndarray:
 
 
 def _sketch_type() -> Any:
-    try:
-        from datasketches import kll_doubles_sketch
-    except ImportError as error:
-        raise FastpieError(
-            f"Expected the package datasketches for quantiles, but it cannot be imported ({error}). "
-            "Install it with: pip install 'fastpie[quantiles]'"
-        ) from error
-    return kll_doubles_sketch
+    return load_extra("datasketches", "quantiles", "quantiles").kll_doubles_sketch

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastpie._extras import load_extra
 from fastpie.errors import FastpieError
 
 __all__ = ["LOGS", "STAGES", "Telemetry"]
@@ -228,13 +229,9 @@ class _TensorBoardLog:
     """Scalars by samples so far."""
 
     def __init__(self, path: Path, done: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise FastpieError(
-                f"Expected tensorboard for log='tensorboard', but it cannot be imported ({error}). "
-                "Install it with: pip install 'fastpie[tensorboard]'"
-            ) from error
+        load_extra("tensorboard", "tensorboard", "log='tensorboard'")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._path = path
         try:
             # What a crash left beyond what is done is shown no more.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastpie.report._extra import load_extra
+from fastpie._extras import load_extra
 from fastpie.report.classes import AccuracyCurve
 
 if TYPE_CHECKING:
@@ -170,7 +170,9 @@ def plot_accuracy(curve: AccuracyCurve, *, ax: Axes | None = None) -> tuple[Figu
 def _axes(ax: Axes | None) -> tuple[Figure, Axes]:
     if ax is not None:
         return ax.get_figure(root=True), ax  # type: ignore[return-value]
-    figure = load_extra("matplotlib.figure").Figure(figsize=_SIZE, layout="constrained")
+    figure = load_extra("matplotlib.figure", "report", "a plot").Figure(
+        figsize=_SIZE, layout="constrained"
+    )
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
@@ -198,6 +200,6 @@ def _bins(values: np.ndarray) -> list[float]:
 
 def _ramp(start: str, end: str, alpha: float = 1.0) -> Any:
     """A colour map from `start` at opacity `alpha` to `end`: visible on any ground."""
-    colors = load_extra("matplotlib.colors")
+    colors = load_extra("matplotlib.colors", "report", "a plot")
     ends = [colors.to_rgba(start, alpha), colors.to_rgba(end)]
     return colors.LinearSegmentedColormap.from_list("fastpie", ends)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fastpie.report._extra import load_extra
+from fastpie._extras import load_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,7 @@ def inline_svg(draw: Callable[[], tuple[Figure, Axes]], alt: str, name: str) -> 
     Returns:
         An svg element.
     """
-    matplotlib = load_extra("matplotlib")
+    matplotlib = load_extra("matplotlib", "report", "a plot")
     buffer = io.StringIO()
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
         fig, _ = draw()

@@ -9,11 +9,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from fastpie._extras import load_extra
 from fastpie._files import write_atomically
 from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 from fastpie.report import plots
-from fastpie.report._extra import load_extra
 from fastpie.report.classes import AccuracyCurve, accuracy_curve, class_column, class_rows
 from fastpie.report.columns import Columns
 from fastpie.report.gallery import hardest
@@ -185,7 +185,7 @@ def _namer(class_names: Sequence[str] | None, dataset: Any, highest: int) -> Cal
 
 
 def _template() -> Any:
-    jinja2 = load_extra("jinja2")
+    jinja2 = load_extra("jinja2", "report", "a report")
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

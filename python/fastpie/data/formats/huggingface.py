@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastpie._extras import load_extra
 from fastpie.data.files import FolderFiles, HuggingFaceFiles
 from fastpie.data.formats.columns import (
     attributes,
@@ -97,13 +97,7 @@ def _files(
 
 
 def _library() -> Any:
-    try:
-        return importlib.import_module("datasets")
-    except ImportError as error:
-        raise FastpieError(
-            f"Expected the library datasets, but it cannot be imported ({error}). Install it with: "
-            "pip install 'fastpie[huggingface]'"
-        ) from error
+    return load_extra("datasets", "huggingface", "data sets of Hugging Face")
 
 
 def _load(saved: Path) -> Any:
