@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from fastpie.errors import FastpieError
 
-__all__ = ["Files", "FolderFiles", "HuggingFaceFiles", "TarFiles", "files_from"]
+__all__ = ["Files", "FolderFiles", "HuggingFaceFiles", "TarFiles"]
 
 
 @runtime_checkable
@@ -75,7 +74,7 @@ class FolderFiles:
         return str(self.root / path)
 
     def origin(self) -> dict[str, Any]:
-        """What `files_from` makes this again of."""
+        """What `fastpie.data.origin.files_from` makes this again of."""
         return {"kind": "folder", "root": str(self.root)}
 
 
@@ -125,7 +124,7 @@ class TarFiles:
         return f"{self.shards.name(shard)}::{rest.partition('::')[2]}"
 
     def origin(self) -> dict[str, Any]:
-        """What `files_from` makes this again of."""
+        """What `fastpie.data.origin.files_from` makes this again of."""
         return {"kind": "tar", "root": str(self.shards.root)}
 
     def _parsed(self, path: str) -> tuple[str, int, int, str]:
@@ -186,7 +185,7 @@ class HuggingFaceFiles:
         return f"{self.saved or 'huggingface'}::{path}"
 
     def origin(self) -> dict[str, Any]:
-        """What `files_from` makes this again of.
+        """What `fastpie.data.origin.files_from` makes this again of.
 
         Raises:
             FastpieError: for a data set in memory.
@@ -222,35 +221,3 @@ class HuggingFaceFiles:
                 "folder of the files as `root`."
             )
         return self.folder
-
-
-def files_from(
-    origin: Mapping[str, Any], root: str | os.PathLike[str] | None, allow_outside: bool
-) -> Files:
-    """The files that a saved manifest names.
-
-    Args:
-        origin: what `origin()` of the files gave.
-        root: where they are now, by default where they were.
-        allow_outside: as of `FolderFiles`; never taken from the manifest, which may come from
-            somebody else.
-
-    Raises:
-        FastpieError: if the origin is not known, or the data set is not there.
-    """
-    kind = origin.get("kind")
-    if kind == "huggingface":
-        from fastpie.data.formats.huggingface import open_saved
-
-        root = root or origin["root"]
-        folder = None if root is None else FolderFiles(Path(root), allow_outside)
-        return open_saved(Path(origin["saved"]), origin["column"], folder)
-    folder = FolderFiles(Path(root or origin["root"]), allow_outside)
-    if kind == "folder":
-        return folder
-    if kind == "tar":
-        return TarFiles(folder)
-    raise FastpieError(
-        f"Expected a manifest of files in a folder, a tar or a data set, but got one of {kind!r}: a "
-        "newer fastpie wrote it. Pass `files`."
-    )

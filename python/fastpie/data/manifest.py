@@ -16,11 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from fastpie._files import atomic_path
-from fastpie.data.files import Files, files_from
+from fastpie.data.files import Files
 from fastpie.data.formats import FORMATS, check_options, recognise
 from fastpie.data.formats.columns import text_or_null
 from fastpie.data.formats.source import Request, Source
 from fastpie.data.hashing import hash64, mixed
+from fastpie.data.origin import files_from
 from fastpie.data.texts import Texts
 from fastpie.errors import FastpieError
 
