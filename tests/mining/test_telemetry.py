@@ -197,7 +197,7 @@ def test_scalars_for_tensorboard(tmp_path: Path) -> None:
 
 
 def test_tensorboard_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(FastpieError, match=r"fastpie\[tensorboard\]"):
         Telemetry(tmp_path, "tensorboard")
     Telemetry(tmp_path, "csv").close()
