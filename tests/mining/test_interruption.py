@@ -70,7 +70,19 @@ def test_ctrl_c_is_a_keyboard_interrupt(dual: Dual, labelled: Any, tmp_path: Pat
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_signal_ends_at_once(dual: Dual, labelled: Any, tmp_path: Path) -> None:
+def test_the_same_request_twice_is_one(dual: Dual, labelled: Any, tmp_path: Path) -> None:
+    """As a batch system and torchrun make it."""
+    again = {4: raising(signal.SIGTERM), 5: raising(signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with pytest.raises(SystemExit):
+        fastpie.mine(dual(), Signalling(labelled(8), tmp_path, again), tmp_path, batch_size=2)
+    assert len(fastpie.MiningResult(tmp_path)) == 6
+
+
+def test_a_later_signal_ends_at_once(
+    dual: Dual, labelled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastpie.mining.interruption._SAME_REQUEST_SECONDS", 0.0)
     again = {5: raising(signal.SIGINT), 4: raising(signal.SIGINT)}
     data = Signalling(labelled(8), tmp_path, again)
     with pytest.raises(KeyboardInterrupt):

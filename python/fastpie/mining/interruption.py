@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -12,9 +13,14 @@ from typing_extensions import Self
 
 __all__ = ["Interruption"]
 
+_SAME_REQUEST_SECONDS = 1.0
+
 
 class Interruption:
-    """While entered, the first SIGTERM or SIGINT only sets `requested`; a second one ends at once.
+    """While entered, the first SIGTERM or SIGINT only sets `requested`; a later one ends at once.
+
+    One within a second is the same request: a batch system that signals every process reaches the
+    ranks of torchrun twice, by itself and by torchrun.
 
     At the end the caller's handlers are back, and the signal that came is raised again, also when
     finishing the batch failed: a process ends as it would have, later by a batch. Outside the main
@@ -28,6 +34,7 @@ class Interruption:
         """Nothing is caught yet."""
         self.requested = False
         self._signal: int | None = None
+        self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -52,9 +59,13 @@ class Interruption:
         raise SystemExit(128 + self._signal)  # the caller's handler returned
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self._signal = number
-        self._restore()
+        now = time.monotonic()
+        if self._signal is None:
+            self.requested = True
+            self._signal, self._since = number, now
+        elif now - self._since > _SAME_REQUEST_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         while self._before:
