@@ -187,7 +187,7 @@ class ManifestDataset(Dataset[tuple[Any, ...]]):
         if len(self):
             facts.append(self.paths[0])  # says which data root the paths are relative to
         digest = hashlib.sha256(json.dumps(facts).encode())
-        for buffer in _text_buffers(self._paths):
+        for buffer in self._paths.buffers():
             digest.update(buffer.data)
         if self._frames is not None:
             digest.update(self._frames.data)
@@ -233,17 +233,6 @@ def _label_array(column: pa.ChunkedArray) -> npt.NDArray[Any]:
         return flat.reshape(len(array), array.type.list_size)
     labels: npt.NDArray[Any] = array.to_numpy(zero_copy_only=False)
     return labels
-
-
-def _text_buffers(texts: Texts) -> Iterator[npt.NDArray[Any]]:
-    """Lengths and characters: what to hash of strings, without a Python object for each."""
-    array = texts.array
-    _, offsets, characters = array.buffers()
-    if len(array):
-        ends = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
-        yield np.diff(ends)
-        if characters is not None:
-            yield np.frombuffer(characters, np.uint8)[ends[0] : ends[-1]]
 
 
 def _version(package: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -100,8 +101,7 @@ class Preprocessing:
             )
 
         def constant(values: Sequence[float]) -> Tensor:
-            tensor = torch.tensor(tuple(values), dtype=torch.float32, device=images.device)
-            return tensor.view(-1, *[1] * dimensions)
+            return _constant(tuple(values), dimensions, images.device)
 
         # By a tensor on the device: CUDA multiplies by the reciprocal of a number, and the bits differ.
         x = _empty(images.shape, images.device).copy_(images).div_(constant([maximum]))
@@ -110,6 +110,13 @@ class Preprocessing:
         if any(s != 1 for s in self.std):
             x.div_(constant(self.std))
         return x
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], dimensions: int, device: torch.device) -> Tensor:
+    """fp32 [C, 1, ...]; kept, because to make it on a GPU waits for the GPU, batch after batch."""
+    tensor = torch.tensor(values, dtype=torch.float32, device=device)
+    return tensor.view(-1, *[1] * dimensions)
 
 
 def _empty(shape: torch.Size, device: torch.device) -> Tensor:  # fp32

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, overload
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -73,6 +74,16 @@ class Texts(Sequence[str]):
         return NotImplemented
 
     __hash__ = None  # type: ignore[assignment]  # compares by content, as a list does
+
+    def buffers(self) -> Iterator[np.ndarray]:
+        """Lengths (int64) and characters (uint8): what to hash, without an object for each string."""
+        _, offsets, characters = self.array.buffers()
+        if len(self.array):
+            first = self.array.offset
+            ends = np.frombuffer(offsets, np.int64)[first : first + len(self.array) + 1]
+            yield np.diff(ends)
+            if characters is not None:
+                yield np.frombuffer(characters, np.uint8)[ends[0] : ends[-1]]
 
     def __repr__(self) -> str:
         shown: list[Any] = self.array.slice(0, 3).to_pylist()

@@ -135,13 +135,9 @@ def ids_of(sample_ids: Iterable[Any]) -> Texts:
 
 def digest_of_ids(sample_ids: Texts) -> str:
     """Hash of ids in the order given."""
-    array = sample_ids.array
-    lengths = pc.binary_length(array).to_numpy()
-    digest = hashlib.sha256(lengths.astype(np.int64).tobytes())
-    _, offsets, characters = array.buffers()
-    if len(array):
-        bounds = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
-        digest.update(memoryview(characters)[bounds[0] : bounds[-1]])
+    digest = hashlib.sha256()
+    for buffer in sample_ids.buffers():
+        digest.update(buffer.data)
     return digest.hexdigest()
 
 

@@ -65,14 +65,6 @@ class Ranks:
         if self.count > 1:
             dist.barrier(group=self._group)
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set anywhere."""
-        if self.count == 1:
-            return flag
-        flags: list[Any] = [None] * self.count
-        dist.all_gather_object(flags, flag, group=self._group)
-        return any(flags)
-
     def close(self) -> None:
         """Leave the group of this run."""
         if self._group is not None:
