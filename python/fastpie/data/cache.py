@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from fastpie.data.pixels import Pixels
 from fastpie.errors import FastpieError
@@ -325,13 +324,13 @@ class DecodedImages:
 
 
 def _hash(stamp: str) -> int:
-    return xxhash.xxh3_64_intdigest(stamp.encode())
+    return _xxh3(stamp.encode())
 
 
 def _checksum(pixels: Pixels, index: int, width: int, source: int) -> int:
     """Of the pixels and of what the entry says of them: one that belongs elsewhere does not fit."""
-    seed = xxhash.xxh3_64_intdigest(struct.pack("<QBBQ", index, width, len(pixels), source))
-    return xxhash.xxh3_64_intdigest(pixels.data.cast("B"), seed)
+    seed = _xxh3(struct.pack("<QBBQ", index, width, len(pixels), source))
+    return _xxh3(pixels.data.cast("B"), seed)
 
 
 def _write(handle: int, data: Any, offset: int) -> None:
@@ -351,3 +350,10 @@ def _remove(path: Path) -> int:
     else:
         path.unlink(missing_ok=True)
     return freed
+
+
+def _xxh3(data: Any, seed: int = 0) -> int:
+    """XXH3 of 64 bits. Imported here: who keeps no images can do without the package."""
+    import xxhash
+
+    return int(xxhash.xxh3_64_intdigest(data, seed))
