@@ -1,0 +1,5 @@
+"""What the disagreement means: the published analyses, with statistics, from runs or arrays."""
+
+from fastpie.analysis.predictions import Predictions
+
+__all__ = ["Predictions"]
