@@ -79,7 +79,7 @@ class Predictions:
         if task not in _TASKS:
             raise FastpieError(f"Expected `task` to be one of {_TASKS}, but got {task!r}.")
         single = isinstance(sparsities, int | float)
-        levels = [float(s) for s in ([sparsities] if single else sparsities)]  # type: ignore[list-item,union-attr]
+        levels = [float(s) for s in np.atleast_1d(np.asarray(sparsities, dtype=np.float64))]
         if not levels or levels != sorted(set(levels)) or not 0 < levels[0] <= levels[-1] < 1:
             raise FastpieError(
                 f"Expected `sparsities` in (0, 1), increasing, but got {sparsities}."
@@ -212,7 +212,7 @@ class Predictions:
         """Of the dense models (None) or of the pruned ones at the level at a place."""
         values = self.dense if level is None else self.pruned[:, level]
         if not self.logits:
-            return np.asarray(values, dtype=np.float64)
+            return values.astype(np.float64, copy=False)
         tensor = torch.from_numpy(np.ascontiguousarray(values)).double()
         tensor = tensor.sigmoid() if self.task == "multilabel" else tensor.softmax(-1)
         result: np.ndarray = tensor.numpy()
@@ -273,4 +273,5 @@ def _counts(counts: Any, classes: int) -> np.ndarray:
         raise FastpieError(
             f"Expected `train_counts` of {classes} numbers of at least 0, but got {counts!r}."
         )
-    return array.astype(np.int64)
+    result: np.ndarray = array.astype(np.int64)
+    return result
