@@ -212,7 +212,8 @@ class Predictions:
         """Of the dense models (None) or of the pruned ones at the level at a place."""
         values = self.dense if level is None else self.pruned[:, level]
         if not self.logits:
-            return values.astype(np.float64, copy=False)
+            exact: np.ndarray = values.astype(np.float64, copy=False)
+            return exact
         tensor = torch.from_numpy(np.ascontiguousarray(values)).double()
         tensor = tensor.sigmoid() if self.task == "multilabel" else tensor.softmax(-1)
         result: np.ndarray = tensor.numpy()
