@@ -229,7 +229,7 @@ class Predictions:
             raise FastpieError("Expected predictions with labels, but these have none.")
         if self.task == "multilabel":
             return self.labels
-        one_hot = (self.labels[:, None] == np.arange(self.classes)).astype(np.float32)
+        one_hot: np.ndarray = (self.labels[:, None] == np.arange(self.classes)).astype(np.float32)
         one_hot[self.labels < 0] = np.nan
         return one_hot
 
