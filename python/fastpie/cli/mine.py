@@ -124,7 +124,11 @@ def mine(
         float | None, typer.Option(help="GiB that the cache may take on the disk.")
     ] = None,
     features: Annotated[
-        str, typer.Option(help="Module whose output to compare as an embedding.")
+        str,
+        typer.Option(
+            help="Module whose output to compare as an embedding; behind it :input for what goes into "
+            "it; penultimate: what goes into the last linear layer."
+        ),
     ] = "",
     batch_size: Annotated[int, typer.Option(help="Images in a pass.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
@@ -133,7 +137,8 @@ def mine(
     ] = 300.0,
     keep_logits: Annotated[bool, typer.Option(help="Write the logits beside the scores.")] = False,
     keep_features: Annotated[
-        bool, typer.Option(help="Write the features beside the scores.")
+        bool,
+        typer.Option(help="Write the features beside the scores; by default the penultimate ones."),
     ] = False,
     recalibrate: Annotated[
         bool, typer.Option(help="BatchNorm statistics for the pruned model.")
@@ -166,6 +171,7 @@ def mine(
 ) -> None:
     """Score every image and write the table of the hardest."""
     import fastpie
+    from fastpie.dual.features import PENULTIMATE
     from fastpie.mining.preflight import preflight
 
     source = {
@@ -195,6 +201,8 @@ def mine(
     }
     stretch = _stretch(shard)
     with _torchrun(device) as (rank, place):
+        if keep_features and not features:
+            features = PENULTIMATE
         duals = _duals(model, model_args, weights or [], unpickle, masks, sparsity, features, place)
         dataset = open_data(source)
         task_value = dataset.manifest.task or "multiclass"

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from fastpie.dual import calibration
 from fastpie.dual.engine import DualEngine
+from fastpie.dual.features import features_of, watched
 from fastpie.dual.inputs import as_arguments, random_state
 from fastpie.dual.output import DualOutput, Features
 from fastpie.errors import FastpieError
@@ -45,7 +46,8 @@ class DualModel(nn.Module):
 
     Attributes:
         model: the module given, unchanged.
-        feature_module: name of the module whose output is returned as `features`, or None.
+        feature_module: name of the module whose output (with ":input", whose input) is returned as
+            `features`, or None.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class DualModel(nn.Module):
         Args:
             model: any module with masked parameters; it is left as it was.
             masks: from `fastpie.prune`, or bool tensors by parameter name (True = kept).
-            features: name of a submodule whose output to return of both models.
+            features: what to return of both models beside their outputs: the name of a submodule for
+                its output, that name and ":input" for what goes into it, or "penultimate" for what
+                goes into the last linear layer.
 
         Raises:
             FastpieError: if the masks are another model's, or there is no such submodule.
@@ -70,15 +74,8 @@ class DualModel(nn.Module):
         if not isinstance(masks, Masks):
             masks = Masks.from_tensors(masks, model)
         masks.check_model(model)
-        if features is not None and features not in dict(
-            model.named_modules(remove_duplicate=False)
-        ):
-            raise FastpieError(
-                f"Expected `features` to name a module of {type(model).__name__}, but it has no "
-                f"module {features!r}."
-            )
         self.model = model
-        self.feature_module = features
+        self.feature_module = None if features is None else features_of(model, features)
         self._sparsities = list(masks.sparsities)
         self._is_ladder = masks.is_ladder
         self._fingerprint = masks.fingerprint
@@ -315,17 +312,8 @@ class DualModel(nn.Module):
         if self.feature_module is None:
             yield None
             return
-        seen: list[Any] = []
-        handle = self.model.get_submodule(self.feature_module).register_forward_hook(
-            lambda module, inputs, output: seen.append(
-                # A later operation in place (ReLU) must not change what is handed out.
-                pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
-            )
-        )
-        try:
+        with watched(self.model, self.feature_module) as seen:
             yield seen
-        finally:
-            handle.remove()
 
 
 class _Buffers(nn.Module):
