@@ -22,6 +22,7 @@ from fastpie.errors import FastpieError
 from fastpie.mining.part import PartRows, kept_table
 from fastpie.mining.plan import Plan
 from fastpie.mining.reading import Batch, Problem
+from fastpie.mining.restore import model_digest, own_statistics
 from fastpie.mining.run_folder import NO_ROWS, RunFolder, explained
 from fastpie.mining.scoring import Scorer
 
@@ -92,11 +93,10 @@ class Member:
 
     def fingerprints(self) -> dict[str, str]:
         """What tells this model from another."""
-        tensors = {k: v for k, v in self.dual.model.state_dict().items() if isinstance(v, Tensor)}
         return {
-            "model": digest_of(tensors),
+            "model": model_digest(self.dual.model),
             "masks": digest_of(self.dual.masks.levels),
-            "statistics": digest_of(_statistics(self.dual)),
+            "statistics": digest_of(own_statistics(self.dual)),
         }
 
     def compile(
@@ -119,8 +119,10 @@ class Member:
             if self.config["recalibrate"] and statistics_of(private.model):
                 if recalibration is not None:
                     private.recalibrate(recalibration())
-                    self.folder.write_file("recalibration.safetensors", save(_statistics(private)))
-                own = _statistics(private)
+                    self.folder.write_file(
+                        "recalibration.safetensors", save(own_statistics(private))
+                    )
+                own = own_statistics(private)
                 for name, value in self._stored_statistics().items():
                     own[name].copy_(value)
             self.engine = private.compile(
@@ -297,12 +299,3 @@ def error_rows(
 
 def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["sample_id"])
-
-
-def _statistics(dual: DualModel) -> dict[str, Tensor]:
-    """The pruned model's own buffers at every level, by one flat name."""
-    return {
-        f"{level}/{name}": buffer
-        for level in range(len(dual.sparsities))
-        for name, buffer in dual.statistics(level).items()
-    }
