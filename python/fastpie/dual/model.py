@@ -23,7 +23,7 @@ from fastpie.dual.output import DualOutput, Features
 from fastpie.errors import FastpieError
 from fastpie.pruning.masks import Masks
 
-__all__ = ["DualModel"]
+__all__ = ["Buffers", "DualModel"]
 
 
 class DualModel(nn.Module):
@@ -82,11 +82,11 @@ class DualModel(nn.Module):
         self._info = dict(masks.info)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         # Buffers, so that .to() moves them and state_dict() keeps them; a name may not hold a dot.
-        self._levels = _Buffers(
+        self._levels = Buffers(
             {name: level.to(parameters[name].device) for name, level in masks.levels.items()}
         )
         self._statistics = nn.ModuleList(
-            _Buffers({k: v.detach().clone() for k, v in calibration.statistics_of(model).items()})
+            Buffers({k: v.detach().clone() for k, v in calibration.statistics_of(model).items()})
             for _ in self._sparsities
         )
         self.training = model.training
@@ -316,15 +316,17 @@ class DualModel(nn.Module):
             yield seen
 
 
-class _Buffers(nn.Module):
+class Buffers(nn.Module):
     """Tensors by dotted name as buffers of a module."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold these tensors themselves, not copies."""
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name.replace(".", "/"), tensor)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names, with their dots, and tensors."""
         for name, tensor in self._buffers.items():
             assert tensor is not None
             yield name.replace("/", "."), tensor
