@@ -140,6 +140,13 @@ def mine(
         bool,
         typer.Option(help="Write the features beside the scores; by default the penultimate ones."),
     ] = False,
+    committee: Annotated[
+        int,
+        typer.Option(
+            help="So many copies of the model with noise on their weights score each image too, as many "
+            "dense passes more; 6 is a good number."
+        ),
+    ] = 0,
     recalibrate: Annotated[
         bool, typer.Option(help="BatchNorm statistics for the pruned model.")
     ] = True,
@@ -221,6 +228,7 @@ def mine(
             recalibrate=recalibrate,
             keep_logits=keep_logits,
             keep_features=keep_features,
+            committee=committee,
             precision=precision.value,
             models_at_once=models_at_once,
             limit=limit,

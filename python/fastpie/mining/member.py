@@ -17,6 +17,7 @@ from torch import Tensor
 from fastpie._digest import digest_of
 from fastpie.dual import DualEngine, DualModel
 from fastpie.dual.calibration import statistics_of
+from fastpie.dual.committee import Committee
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
 from fastpie.mining.part import PartRows, kept_table
@@ -26,7 +27,19 @@ from fastpie.mining.restore import model_digest, own_statistics
 from fastpie.mining.run_folder import NO_ROWS, RunFolder, explained
 from fastpie.mining.scoring import Scorer
 
-__all__ = ["Member", "Remaining", "error_rows"]
+__all__ = ["Member", "Outputs", "Remaining", "error_rows"]
+
+
+class Outputs(NamedTuple):
+    """What the models of a member give for a batch.
+
+    Attributes:
+        dual: of the dense and the pruned model.
+        copies: of the committee, the model's structure of tensors [K, N, ...]; None without one.
+    """
+
+    dual: DualOutput
+    copies: Any
 
 
 class Remaining(NamedTuple):
@@ -78,6 +91,7 @@ class Member:
         self.config = config
         self.paths = paths
         self.engine: DualEngine | None = None
+        self._committee: DualEngine | None = None
         self.scorer = Scorer(
             config["task"],
             dual.sparsities,
@@ -125,14 +139,11 @@ class Member:
                 own = own_statistics(private)
                 for name, value in self._stored_statistics().items():
                     own[name].copy_(value)
-            self.engine = private.compile(
-                args,
-                precision=self.config["precision"],
-                backend=self.config["backend"],
-                plan=None if fresh else self._stored_plan(),
-            )
-            if fresh:  # kernels are chosen by timing: what goes on later must choose alike
-                self.folder.write_file("plan.json", json.dumps(self.engine.plan).encode())
+            self.engine = self._compiled(private, args, "plan.json", fresh)
+            copies = self.config.get("committee")
+            if copies:
+                committee = Committee(private.model, copies)
+                self._committee = self._compiled(committee, args, "committee-plan.json", fresh)
         except (FastpieError, OSError):
             raise
         except Exception as error:
@@ -142,12 +153,32 @@ class Member:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _stored_plan(self) -> dict[str, Any]:
+    def forward(self, args: tuple[Any, ...]) -> Outputs:
+        """A batch through all models; on a GPU without waiting for them."""
+        assert self.engine is not None
+        copies = None if self._committee is None else Committee.outputs(self._committee(*args))
+        return Outputs(self.engine(*args), copies)
+
+    def _compiled(
+        self, dual: DualModel, args: tuple[Any, ...], file: str, fresh: bool
+    ) -> DualEngine:
+        """An engine; kernels are chosen by timing, and what goes on later must choose alike."""
+        engine = dual.compile(
+            args,
+            precision=self.config["precision"],
+            backend=self.config["backend"],
+            plan=None if fresh else self._stored_plan(file),
+        )
+        if fresh:
+            self.folder.write_file(file, json.dumps(engine.plan).encode())
+        return engine
+
+    def _stored_plan(self, file: str) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.folder.storage.read("plan.json")))
+            return dict(json.loads(self.folder.storage.read(file)))
         except (OSError, ValueError) as error:
             raise FastpieError(
-                f"Expected the plan of the run in {self.folder.location}/plan.json, but: {error}. "
+                f"Expected the plan of the run in {self.folder.location}/{file}, but: {error}. "
                 "Choose another folder."
             ) from error
 
@@ -224,12 +255,12 @@ class Member:
 
     # ------------------------------------------------------------------ rows
 
-    def score(self, batch: Batch, out: DualOutput | None) -> PartRows:
+    def score(self, batch: Batch, out: Outputs | None) -> PartRows:
         """What a batch adds to its part."""
         found = PartRows()
         if out is not None:
             rows, columns, found.problems, kept = self.scorer.score(
-                out, batch.labels, batch.positions, batch.slots
+                out.dual, batch.labels, batch.positions, batch.slots, out.copies
             )
             ids = pa.array([self.plan.sample_ids[batch.positions[r]] for r in rows], pa.string())
             found.tables.append(pa.table({"sample_id": ids, **columns}))
