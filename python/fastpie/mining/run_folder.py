@@ -3,7 +3,7 @@
 Layout: `run.json`, `scores/part-<n>.parquet`, `errors/part-<n>.parquet` and at the end of a call
 `errors.parquet` (all of them), `samples.arrow` (sample ids and where the data set has them),
 `masks.safetensors`, `recalibration.safetensors` (networks with BatchNorm), `plan.json` (the kernels of
-the engine), `manifest.parquet` (data sets that have one), `report.html`, `.lock`, where asked for
+the engine; `committee-plan.json` of a committee's), `manifest.parquet` (data sets that have one), `report.html`, `.lock`, where asked for
 `logits/`, `features/`, `log/`, and of several models `models/<k>/`, each a run folder.
 
 A part is written in the order errors, logits and features, scores, and is done when its scores are
