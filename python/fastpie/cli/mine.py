@@ -235,7 +235,17 @@ def mine(
             shard=stretch,
             retry_errors=retry_errors,
             log=None if log is None else log.value,
-            note={NOTE: {"data": source, "preflight": check}},
+            note={
+                NOTE: {
+                    "data": source,
+                    "model": {
+                        "factory": model,
+                        "arguments": model_args,
+                        "weights": [str(path.resolve()) for path in weights or []],
+                    },
+                    "preflight": check,
+                }
+            },
         )
         if rank == 0:
             written = _write_report(result, dataset) if report else None
