@@ -130,6 +130,27 @@ def test_a_larger_network_on_the_engine():
     torch.testing.assert_close(Committee.outputs(engine(x)), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_recalibration_reaches_every_copy(model):
+    committee = Committee(model, copies=3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(16, 1, 8, 8) * 3 + 1
+    assert committee.recalibrate([x]) is committee
+    with torch.no_grad():
+        got = Committee.outputs(committee(x))
+        for number in range(3):
+            other = copy.deepcopy(model)
+            for name, weight in other.named_parameters():
+                if weight.ndim > 1:
+                    weight.add_(noise_of(committee, model, number, name))
+            other.norm.momentum = None  # training for one batch: its statistics
+            other.norm.reset_running_stats()
+            other.train()(x)
+            torch.testing.assert_close(got[number], other.eval()(x), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    names = {f"{n}/norm.{what}" for n in range(3) for what in ("running_mean", "running_var")}
+    assert names < set(committee.own_statistics())
+
+
 def test_outputs_of_any_structure():
     class Dict(nn.Module):
         def __init__(self):

@@ -20,8 +20,9 @@ def test_the_columns_are_means_over_the_copies(tmp_path, network, labelled, imag
     data = labelled(11)
     table = fastpie.mine(dual, data, tmp_path / "run", batch_size=4, committee=3).table
     labels = torch.tensor([label for _, label, _ in data.items])
+    committee = Committee(model, 3).recalibrate(images(11).split(4))
     with torch.no_grad():
-        copies = Committee.outputs(Committee(model, 3)(images(11)))  # [3, 11, C]
+        copies = Committee.outputs(committee(images(11)))  # [3, 11, C]
         dense = model(images(11))
     scores = fastpie.disagreement(dense, copies, labels)
     for name, of in zip(COLUMNS, ("margin_pruned", "js", "flip"), strict=True):

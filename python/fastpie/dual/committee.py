@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastpie.dual import calibration
 from fastpie.dual.calibration import statistics_of
 from fastpie.dual.model import Buffers, DualModel
 from fastpie.dual.output import DualOutput
@@ -79,6 +80,20 @@ class Committee(DualModel):
             own.update({site: weights[name] for site, name in sites.items()})
             self._statistics[number - 1] = Buffers(own)
         self.eval()
+
+    def calibration(self) -> calibration.Calibration:
+        """Of BatchNorm in every layer of every copy: there is noise upstream of each."""
+        return calibration.calibration_of_all(self)
+
+    def own_statistics(self) -> dict[str, Tensor]:
+        """The normalisation buffers of every copy, by one flat name ("0/bn1.running_mean")."""
+        first = statistics_of(self.model)
+        others = [self.statistics(number) for number in range(len(self.sparsities))]
+        return {
+            f"{number}/{name}": own[name]
+            for number, own in enumerate([first, *others])
+            for name in first
+        }
 
     @staticmethod
     def outputs(out: DualOutput) -> Any:

@@ -231,8 +231,17 @@ class DualModel(nn.Module):
         Raises:
             FastpieError: for no batches, or data that give NaN or infinite statistics.
         """
-        calibration.recalibrate(self, batches)
+        pooled = self.calibration()
+        for batch in batches:
+            pooled.add(batch)
+            if pooled.idle:
+                break
+        pooled.finish()
         return self
+
+    def calibration(self) -> calibration.Calibration:
+        """What `recalibrate` does, for a caller who has the batches one after the other."""
+        return calibration.calibration_of(self)
 
     def compile(  # type: ignore[override]
         self,
@@ -276,6 +285,14 @@ class DualModel(nn.Module):
     def statistics(self, level: int) -> dict[str, Tensor]:
         """The pruned model's normalisation buffers at one level, by name in `model`."""
         return dict(self._statistics[level].items())  # type: ignore[operator]
+
+    def own_statistics(self) -> dict[str, Tensor]:
+        """The pruned model's normalisation buffers at every level, by one flat name ("0/bn1.running_mean")."""
+        return {
+            f"{level}/{name}": buffer
+            for level in range(len(self._sparsities))
+            for name, buffer in self.statistics(level).items()
+        }
 
     def get_extra_state(self) -> Tensor:
         """The levels, which belong to the masks that state_dict() holds: JSON in a uint8 tensor.

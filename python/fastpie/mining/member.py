@@ -23,11 +23,14 @@ from fastpie.errors import FastpieError
 from fastpie.mining.part import PartRows, kept_table
 from fastpie.mining.plan import Plan
 from fastpie.mining.reading import Batch, Problem
-from fastpie.mining.restore import model_digest, own_statistics
+from fastpie.mining.restore import model_digest
 from fastpie.mining.run_folder import NO_ROWS, RunFolder, explained
 from fastpie.mining.scoring import Scorer
 
 __all__ = ["Member", "Outputs", "Remaining", "error_rows"]
+
+
+_COMMITTEE = "committee-"  # begins the names of its files
 
 
 class Outputs(NamedTuple):
@@ -110,7 +113,7 @@ class Member:
         return {
             "model": model_digest(self.dual.model),
             "masks": digest_of(self.dual.masks.levels),
-            "statistics": digest_of(own_statistics(self.dual)),
+            "statistics": digest_of(self.dual.own_statistics()),
         }
 
     def compile(
@@ -130,20 +133,31 @@ class Member:
         fresh = recalibration is not None
         private = copy.deepcopy(self.dual).to(device).eval().requires_grad_(False)
         try:
+            models = {"": private}
+            if self.config.get("committee"):
+                models[_COMMITTEE] = Committee(private.model, self.config["committee"])
             if self.config["recalibrate"] and statistics_of(private.model):
                 if recalibration is not None:
-                    private.recalibrate(recalibration())
-                    self.folder.write_file(
-                        "recalibration.safetensors", save(own_statistics(private))
-                    )
-                own = own_statistics(private)
-                for name, value in self._stored_statistics().items():
-                    own[name].copy_(value)
-            self.engine = self._compiled(private, args, "plan.json", fresh)
-            copies = self.config.get("committee")
-            if copies:
-                committee = Committee(private.model, copies)
-                self._committee = self._compiled(committee, args, "committee-plan.json", fresh)
+                    pooled = [model.calibration() for model in models.values()]
+                    for batch in recalibration():
+                        for one in pooled:
+                            one.add(batch)
+                        if all(one.idle for one in pooled):
+                            break
+                    for (prefix, model), one in zip(models.items(), pooled, strict=True):
+                        one.finish()
+                        self.folder.write_file(
+                            f"{prefix}recalibration.safetensors", save(model.own_statistics())
+                        )
+                for prefix, model in models.items():
+                    own = model.own_statistics()
+                    for name, value in self._stored_statistics(prefix).items():
+                        own[name].copy_(value)
+            engines = {
+                prefix: self._compiled(model, args, f"{prefix}plan.json", fresh)
+                for prefix, model in models.items()
+            }
+            self.engine, self._committee = engines[""], engines.get(_COMMITTEE)
         except (FastpieError, OSError):
             raise
         except Exception as error:
@@ -182,8 +196,8 @@ class Member:
                 "Choose another folder."
             ) from error
 
-    def _stored_statistics(self) -> dict[str, Tensor]:
-        name = "recalibration.safetensors"
+    def _stored_statistics(self, prefix: str) -> dict[str, Tensor]:
+        name = f"{prefix}recalibration.safetensors"
         try:
             return dict(load(self.folder.storage.read(name)))
         except (OSError, SafetensorError) as error:

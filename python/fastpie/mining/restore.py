@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 from fastpie.pruning.masks import Masks
 
-__all__ = ["dual_of_run", "model_digest", "own_statistics"]
+__all__ = ["dual_of_run", "load_statistics", "model_digest"]
 
 
 def dual_of_run(run: MiningResult, model: nn.Module) -> DualModel:
@@ -47,17 +48,9 @@ def dual_of_run(run: MiningResult, model: nn.Module) -> DualModel:
     dual = DualModel(
         model, Masks.load(run.path / "masks.safetensors"), run.record["config"]["features"]
     ).eval()
-    path = run.path / "recalibration.safetensors"
-    if path.exists():  # not for a model without BatchNorm, nor where recalibrate=False
-        try:
-            stored = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise FastpieError(
-                f"Expected the statistics of the run in {path}, but: {error}."
-            ) from error
-        own = own_statistics(dual)
-        for name, value in stored.items():
-            own[name].copy_(value)
+    name = "recalibration.safetensors"
+    if (run.path / name).exists():  # not without BatchNorm, nor where recalibrate=False
+        load_statistics(dual, run.path / name)
     return dual
 
 
@@ -66,10 +59,17 @@ def model_digest(model: nn.Module) -> str:
     return digest_of({k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)})
 
 
-def own_statistics(dual: DualModel) -> dict[str, Tensor]:
-    """The pruned model's own buffers at every level, by one flat name."""
-    return {
-        f"{level}/{name}": buffer
-        for level in range(len(dual.sparsities))
-        for name, buffer in dual.statistics(level).items()
-    }
+def load_statistics(dual: DualModel, path: Path) -> None:
+    """Put the statistics of a file into a dual model.
+
+    Raises:
+        FastpieError: if the file cannot be read, or is another model's.
+    """
+    own = dual.own_statistics()
+    try:
+        for name, value in load_file(path).items():
+            own[name].copy_(value)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        raise FastpieError(
+            f"Expected the statistics of the run in {path}, but: {error}."
+        ) from error
