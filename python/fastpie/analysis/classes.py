@@ -13,9 +13,10 @@ from fastpie.analysis.predictions import Predictions
 from fastpie.analysis.significance import benjamini_hochberg, column
 from fastpie.errors import FastpieError
 
-__all__ = ["class_impact", "class_ratios", "count_ratios"]
+__all__ = ["class_impact", "class_ratios", "count_ratios", "label_counts"]
 
 _MOST_LABELS = 4  # and more: the bins of PruneCXR
+_NO_LABELS = ("No Finding",)  # as PruneCXR has it
 _CONFIDENCE = 0.95
 
 
@@ -176,7 +177,7 @@ def count_ratios(
     pie: Any,  # bool [N]
     class_names: Sequence[str],
     *,
-    leave_out: Collection[str] = ("No Finding",),
+    leave_out: Collection[str] = _NO_LABELS,
     resamples: int = 2000,
     seed: int = 0,
 ) -> pa.Table:
@@ -202,12 +203,10 @@ def count_ratios(
         FastpieError: for shapes that do not fit.
     """
     values, chosen = _labels(labels, pie, class_names)
-    values = values[:, [name not in leave_out for name in class_names]]
-    told = ~np.isnan(values).all(1)
-    count = np.minimum((values == 1).sum(1), _MOST_LABELS)
-    bins = np.arange(_MOST_LABELS + 1)
-    of_pie = np.bincount(count[told & chosen], minlength=len(bins))
-    of_others = np.bincount(count[told & ~chosen], minlength=len(bins))
+    counts, bins = label_counts(values, class_names, leave_out)
+    told = counts >= 0
+    of_pie = np.bincount(counts[told & chosen], minlength=len(bins))
+    of_others = np.bincount(counts[told & ~chosen], minlength=len(bins))
     ratio, low, high = _ratios(
         of_pie,
         np.full(len(bins), of_pie.sum()),
@@ -218,7 +217,7 @@ def count_ratios(
     )
     return pa.table(
         {
-            "labels": pa.array([*map(str, bins[:-1]), f"{_MOST_LABELS}+"], pa.string()),
+            "labels": pa.array(bins, pa.string()),
             "n": pa.array(of_pie + of_others, pa.int64()),
             "n_pie": pa.array(of_pie, pa.int64()),
             "pie_ratio": column(ratio),
@@ -226,6 +225,18 @@ def count_ratios(
             "high": column(high),
         }
     )
+
+
+def label_counts(
+    labels: np.ndarray,  # [N, C] of 1, 0, NaN
+    class_names: Sequence[str],
+    leave_out: Collection[str] = _NO_LABELS,
+) -> tuple[np.ndarray, list[str]]:
+    """Which bin each sample is in by its number of labels, int64 [N], -1 where none is known."""
+    values = labels[:, [name not in leave_out for name in class_names]]
+    count = np.minimum((values == 1).sum(1), _MOST_LABELS)
+    count[np.isnan(values).all(1)] = -1
+    return count, [*map(str, range(_MOST_LABELS)), f"{_MOST_LABELS}+"]
 
 
 def _labels(labels: Any, pie: Any, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
