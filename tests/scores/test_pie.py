@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from fastpie import FastpieError
-from fastpie.scores.pie import DEFINITIONS, exemplars, pie_scores
+from fastpie.scores.pie import DEFINITIONS, exemplars, scored_exemplars
 from fastpie.scores.rank_correlation import as_pandas, rank_sums, spearman
 
 PROBABILITIES = [d for d in DEFINITIONS if d != "drift"]
+
+
+def pie_scores(dense, pruned, definition, threshold=0.5, task=None):
+    return scored_exemplars(dense, pruned, definition, threshold=threshold, task=task)[1]
 
 
 def predictions(seed=0, models=5, samples=200, classes=6, digits=None, dtype=np.float64):

@@ -11,7 +11,7 @@ import torch
 from fastpie.errors import FastpieError
 from fastpie.scores.rank_correlation import as_pandas, rank_sums, spearman
 
-__all__ = ["DEFINITIONS", "exemplars", "pie_scores"]
+__all__ = ["DEFINITIONS", "exemplars", "scored_exemplars"]
 
 _DECIDED = ("modal", "vote", "flip")  # say who is a PIE; the others rank
 DEFINITIONS = ("spearman", "modal", "vote", "taxicab", "drift", "js", "margin", "flip")
@@ -52,16 +52,46 @@ def exemplars(
     Raises:
         FastpieError: for shapes that do not fit, values outside [0, 1], or no sample without NaN.
     """
-    if not 0 <= fraction <= 1:
-        raise FastpieError(f"Expected `fraction` in [0, 1], but got {fraction}.")
-    if compat is not None and (compat != "prunecxr" or definition != "spearman"):
-        raise FastpieError(
-            "Expected `compat` to be None, or 'prunecxr' with definition 'spearman', but got "
-            f"{compat!r} with {definition!r}."
-        )
-    dense, pruned = _checked(dense, pruned, definition)
     if compat is not None:
-        return _as_prunecxr(dense, pruned, fraction)
+        if compat != "prunecxr" or definition != "spearman":
+            raise FastpieError(
+                "Expected `compat` to be None, or 'prunecxr' with definition 'spearman', but got "
+                f"{compat!r} with {definition!r}."
+            )
+        return _as_prunecxr(*_checked(dense, pruned, definition, fraction), fraction)
+    return scored_exemplars(dense, pruned, definition, fraction, threshold, task=task)[0]
+
+
+def scored_exemplars(
+    dense: Any,
+    pruned: Any,
+    definition: str = "spearman",
+    fraction: float = 0.05,
+    threshold: float = 0.5,
+    *,
+    task: str | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `exemplars` gives, and how much of a PIE each sample is.
+
+    Args:
+        dense: as of `exemplars`; likewise the others.
+        pruned: of the pruned models.
+        definition: one of `DEFINITIONS`.
+        fraction: of the samples.
+        threshold: on the probabilities.
+        task: "multiclass" or "multilabel".
+
+    Returns:
+        int64 row indices, hardest first, and fp64 [N], higher = harder, what they are ranked by before
+        any tie-break; NaN for a sample without a score. "spearman": -rho in [-1, 1]. "taxicab" and
+        "drift": in [0, 2]. "js": nats, of "multilabel" summed over the classes. "margin": minus the
+        margin, in [-1, 1]. "modal", "vote", "flip": above 0 for a PIE, in multilabel the number of
+        classes that differ.
+
+    Raises:
+        FastpieError: as `exemplars`.
+    """
+    dense, pruned = _checked(dense, pruned, definition, fraction)
     score, divergence = _scored(dense, pruned, definition, threshold, task)
     if definition in _DECIDED:
         order = np.argsort(-divergence, kind="stable")
@@ -69,37 +99,7 @@ def exemplars(
     else:
         order = np.lexsort((-divergence, -score))  # stable; NaN last
         order = order[: int(fraction * len(order))]
-    return order.astype(np.int64)
-
-
-def pie_scores(
-    dense: Any,
-    pruned: Any,
-    definition: str = "spearman",
-    threshold: float = 0.5,
-    *,
-    task: str | None = None,
-) -> np.ndarray:
-    """How much of a PIE each sample is: what `exemplars` ranks by, without its tie-breaks.
-
-    Args:
-        dense: as of `exemplars`; likewise the others.
-        pruned: of the pruned models.
-        definition: one of `DEFINITIONS`.
-        threshold: on the probabilities.
-        task: "multiclass" or "multilabel".
-
-    Returns:
-        fp64 [N], higher = harder; NaN for a sample that has none. "spearman": -rho in [-1, 1].
-        "taxicab": [0, 2]. "drift": [0, 2]. "js": nats, of "multilabel" summed over the classes.
-        "margin": minus the margin, in [-1, 1]. "modal", "vote", "flip": above 0 for a PIE, the number
-        of classes that differ in multilabel.
-
-    Raises:
-        FastpieError: as `exemplars`.
-    """
-    dense, pruned = _checked(dense, pruned, definition)
-    return _scored(dense, pruned, definition, threshold, task)[0]
+    return order.astype(np.int64), score
 
 
 def _scored(
@@ -151,7 +151,11 @@ def _as_prunecxr(dense: np.ndarray, pruned: np.ndarray, fraction: float) -> np.n
     return order[: int(fraction * len(order))].astype(np.int64)
 
 
-def _checked(dense: Any, pruned: Any, definition: str) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    dense: Any, pruned: Any, definition: str, fraction: float
+) -> tuple[np.ndarray, np.ndarray]:
+    if not 0 <= fraction <= 1:
+        raise FastpieError(f"Expected `fraction` in [0, 1], but got {fraction}.")
     if definition not in DEFINITIONS:
         raise FastpieError(
             f"Expected `definition` to be one of {DEFINITIONS}, but got {definition!r}."
