@@ -1,32 +1,26 @@
-"""How far exemplars move with level, model, definition and masks, and how sure a hardness is."""
+"""How far exemplars move with level, model, definition and masks."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from fastpie._extras import load_extra
 from fastpie.analysis.predictions import Predictions
 from fastpie.analysis.significance import column
 from fastpie.errors import FastpieError
-from fastpie.mining.result import MiningResult
-from fastpie.mining.scoring import level_column
 from fastpie.scores.pie import scored_exemplars
 
-__all__ = ["control_share", "hardness_interval", "hardness_values", "stability"]
+__all__ = ["control_share", "stability", "stability_of_scores"]
 
 _DEFINITIONS = {
     "multiclass": ("spearman", "modal", "taxicab", "js", "margin", "flip"),
     "multilabel": ("spearman", "vote", "js", "margin", "flip"),
 }
-_CONFIDENCE = 0.95
-_CHUNK = 1 << 22  # resampled means at a time
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ def stability(
         rows += _compared("model", found)
     found = {name: _found(dense, pruned, name, *options) for name in _DEFINITIONS[predictions.task]}
     if hardness is not None:
-        found["hardness"] = _of_hardness(hardness, predictions.samples, fraction)
+        found["hardness"] = _of_score("hardness", hardness, predictions.samples, fraction)
     rows += _compared("definition", found)
     if control is not None:
         ours, theirs = _aligned(predictions, control)
@@ -102,16 +96,31 @@ def stability(
                 for p in (ours, theirs)
             )
             rows += _compared("control", dict(zip((_text(s), "control"), pair, strict=True)))
-    return pa.table(
-        {
-            "what": pa.array([row[0] for row in rows], pa.string()),
-            "a": pa.array([row[1] for row in rows], pa.string()),
-            "b": pa.array([row[2] for row in rows], pa.string()),
-            "jaccard": column([row[3] for row in rows]),
-            "rank_correlation": column([row[4] for row in rows]),
-            "n": pa.array([row[5] for row in rows], pa.int64()),
-        }
-    )
+    return _table(rows)
+
+
+def stability_of_scores(
+    what: str,
+    scores: Mapping[str, np.ndarray],  # each [N]
+    *,
+    fraction: float = 0.05,
+) -> pa.Table:
+    """The same of any scores, say a column of a run that kept no logits, or of runs with other masks.
+
+    Args:
+        what: is compared, for the column `what`.
+        scores: by name, higher = harder, of the same samples in the same order; NaN unknown.
+        fraction: of the samples that is each score's set, its hardest, equals in the order of the rows.
+
+    Returns:
+        One row for each two scores, with the columns of `stability`.
+
+    Raises:
+        FastpieError: for scores of other lengths, or a fraction outside [0, 1].
+    """
+    samples = len(next(iter(scores.values()), ()))
+    found = {name: _of_score(name, score, samples, fraction) for name, score in scores.items()}
+    return _table(_compared(what, found))
 
 
 def control_share(
@@ -185,89 +194,6 @@ def control_share(
     return {name: float(v) if np.isfinite(v) else None for name, v in numbers.items()}
 
 
-def hardness_interval(
-    values: np.ndarray,  # [M, N]
-    *,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:  # fp64 [N], fp64 [N]
-    """95 % bootstrap interval of each sample's hardness, the mean of its M values.
-
-    With one value a model it says how far the hardness would move with other models of the same kind
-    (other seeds), which is what a reader takes an interval for. With one value a level it says only
-    how far the hardness depends on which levels the ladder has: levels are chosen, not drawn, and
-    another model is not in it. `hardness_values` gives either.
-
-    The M values are resampled with replacement, the same way for every sample, and the mean's
-    percentiles taken, farther out than 2.5 % for small M ("expanded percentile", Hesterberg, 2015,
-    arXiv 1411.5279: a plain percentile interval is too short by about `sqrt((M - 1) / M)` and by the
-    normal quantile in place of Student's). Up to about 5 values it ends at the lowest and highest
-    value, and holds the truth less often than 95 %.
-
-    Args:
-        values: one row a model or level.
-        resamples: of the bootstrap.
-        seed: equal seeds give equal intervals.
-
-    Returns:
-        Lower and upper bounds; NaN for a sample with a NaN, and all NaN with fewer than two rows.
-
-    Raises:
-        FastpieError: for values of another shape.
-    """
-    array = np.asarray(values)
-    if array.ndim != 2:
-        raise FastpieError(f"Expected `values` of shape [M, N], but got {list(array.shape)}.")
-    if resamples < 1:
-        raise FastpieError(f"Expected `resamples` of at least 1, but got {resamples}.")
-    models, samples = array.shape
-    bounds = np.full((2, samples), np.nan)
-    if models < 2:
-        return bounds[0], bounds[1]
-    stats = load_extra("scipy.stats", "analysis", "intervals")
-    far = np.sqrt(models / (models - 1)) * stats.t.ppf((1 - _CONFIDENCE) / 2, models - 1)
-    tail = stats.norm.cdf(far)
-    generator = np.random.default_rng(seed)
-    shares = generator.multinomial(models, np.full(models, 1 / models), resamples) / models
-    step = max(1, _CHUNK // resamples)
-    for begin in range(0, samples, step):
-        rows = slice(begin, begin + step)
-        means = shares @ array[:, rows].astype(np.float64)
-        bounds[:, rows] = np.quantile(means, [tail, 1 - tail], axis=0)
-    return bounds[0], bounds[1]
-
-
-def hardness_values(
-    run: MiningResult | str | os.PathLike[str],
-) -> tuple[np.ndarray, str]:  # fp32 [M, N]
-    """What the hardness of a run's samples is the mean of.
-
-    Returns:
-        One row a model, and "model", for a run of several models; else one row a level, and "level".
-        Columns in the order of `run.table`.
-
-    Raises:
-        FastpieError: if there is no run.
-    """
-    run = run if isinstance(run, MiningResult) else MiningResult(run)
-    if run.members:
-        ids = run.table.column("sample_id")
-        values = []
-        for model in run.members:
-            # A model can have scored samples that another could not.
-            rows = pc.index_in(ids, model.table.column("sample_id")).to_numpy()
-            values.append(model.table.column("hardness").to_numpy()[rows])
-        return np.stack(values), "model"
-    table = run.table
-    levels = run.record["config"]["sparsities"]
-    for score in ("loss_pruned", "js", "iou_soft", "drift"):  # as `Scorer.hardness` chooses
-        names = [level_column(score, s) for s in levels]
-        if names[0] in table.column_names:
-            matrix = np.stack([table.column(name).to_numpy() for name in names])
-            return 1 - matrix if score == "iou_soft" else matrix, "level"
-    return table.column("hardness").to_numpy()[None], "level"  # no ladder
-
-
 def _text(sparsity: float) -> str:
     return f"{sparsity:.12g}"
 
@@ -291,14 +217,27 @@ def _found(
     return _Found(*scored_exemplars(dense, pruned, definition, fraction, threshold, task=task))
 
 
-def _of_hardness(hardness: np.ndarray, samples: int, fraction: float) -> _Found:
-    score = np.asarray(hardness, dtype=np.float64)
+def _of_score(name: str, values: np.ndarray, samples: int, fraction: float) -> _Found:
+    if not 0 <= fraction <= 1:
+        raise FastpieError(f"Expected `fraction` in [0, 1], but got {fraction}.")
+    score = np.asarray(values, dtype=np.float64)
     if score.shape != (samples,):
-        raise FastpieError(
-            f"Expected `hardness` of shape [{samples}], but got {list(score.shape)}."
-        )
+        raise FastpieError(f"Expected {name!r} of shape [{samples}], but got {list(score.shape)}.")
     order = np.argsort(-score, kind="stable")  # NaN last
     return _Found(order[: int(fraction * samples)], score)
+
+
+def _table(rows: list[tuple[str, str, str, float, float, int]]) -> pa.Table:
+    return pa.table(
+        {
+            "what": pa.array([row[0] for row in rows], pa.string()),
+            "a": pa.array([row[1] for row in rows], pa.string()),
+            "b": pa.array([row[2] for row in rows], pa.string()),
+            "jaccard": column([row[3] for row in rows]),
+            "rank_correlation": column([row[4] for row in rows]),
+            "n": pa.array([row[5] for row in rows], pa.int64()),
+        }
+    )
 
 
 def _compared(
