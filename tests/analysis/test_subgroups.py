@@ -225,6 +225,14 @@ def test_one_label_a_sample_and_rows_without_labels():
     ]  # fmt: skip
 
 
+def test_an_age_in_days_is_no_age_in_decades():
+    table = pa.table({"age": [float(10_000 + i) for i in range(40)]})
+    rows = subgroups(table, np.arange(40) < 5).to_pylist()
+    assert [r["value"] for r in rows] == [
+        "< 10009", "10009 to 10019", "10019 to 10029", ">= 10029",
+    ]  # fmt: skip
+
+
 def test_odd_columns():
     table = pa.table(
         {

@@ -20,6 +20,7 @@ _NOT_ATTRIBUTES = ("sample_id", "path", "label", "group", "split", "frame")
 _MOST_VALUES = 50  # of text; more are names of something, not groups
 _MOST_NUMBERS = 10  # that stay single values; more are banded
 _BANDS = 4
+_OLDEST = 150  # years; a column "age" beyond it is in another unit
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _of_column(name: str, column: pa.ChunkedArray) -> Attribute | None:
     if pa.types.is_boolean(entries.type):
         entries = pc.if_else(entries, "true", "false")
     numbers = _numbers(entries)
-    if numbers is not None and name == "age":
+    if numbers is not None and name == "age" and np.nanmax(numbers, initial=0) <= _OLDEST:
         return _banded(name, codes, numbers, *_decades(numbers))
     if numbers is not None and len(numbers) > _MOST_NUMBERS:
         return _banded(name, codes, numbers, *_quantiles(numbers, codes))
