@@ -9,7 +9,7 @@ from torch import nn
 import fastpie
 from fastpie import DualModel, FastpieError
 from fastpie.dual import stage_features
-from fastpie.dual.features import features_of
+from fastpie.dual.features import feature_widths, features_of
 
 
 class Net(nn.Module):
@@ -181,11 +181,12 @@ def test_the_stages_of_networks():
     x = torch.randn(2, 1, 64, 64)
     resnet = nets.resnet18(spatial_dims=2, n_input_channels=1, num_classes=4).train()
     names = "bn1:pooled+layer1:pooled+layer2:pooled+layer3:pooled+layer4:pooled"
-    assert stage_features(resnet, x) == names
+    assert stage_features(resnet, x, last=True) == names
+    assert stage_features(resnet, x) == names.removesuffix("+layer4:pooled")
     assert resnet.training  # as it was
     assert int(resnet.bn1.num_batches_tracked) == 0
     densenet = nets.DenseNet121(spatial_dims=2, in_channels=1, out_channels=4)
-    names = stage_features(densenet, x)
+    names = stage_features(densenet, x, last=True)
     assert [name.removesuffix(":pooled") for name in names.split("+")] == [
         "features.norm0",
         "features.denseblock1",
@@ -196,16 +197,22 @@ def test_the_stages_of_networks():
     efficientnet = nets.EfficientNetBN(
         "efficientnet-b0", in_channels=1, num_classes=4, pretrained=False
     )
-    assert len(stage_features(efficientnet, x).split("+")) == 5
+    assert len(stage_features(efficientnet, x).split("+")) == 4
     vit = nets.ViT(
         1, (32, 32), (8, 8), hidden_size=32, mlp_dim=64, num_layers=6, num_heads=2,
         classification=True, spatial_dims=2, num_classes=3,
     )  # fmt: skip
-    assert stage_features(vit, x[..., :32, :32]) == (
+    assert stage_features(vit, x[..., :32, :32], last=True) == (
         "blocks.1:pooled+blocks.2:pooled+blocks.3:pooled+blocks.5:pooled"
     )
     volume = nets.resnet10(spatial_dims=3, n_input_channels=1, num_classes=2)
     assert stage_features(volume, torch.randn(1, 1, 32, 32, 32)).startswith("bn1:pooled+layer1")
+
+
+def test_the_widths_of_the_parts(net):
+    x = torch.randn(5, 1, 8, 8)
+    assert feature_widths(net, "conv+norm:pooled+fc:input", (x,)) == [12, 12, 6]
+    assert feature_widths(net, "conv", (x,)) == [6 * 6 * 6]
 
 
 def test_a_network_without_stages():

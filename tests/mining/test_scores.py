@@ -302,6 +302,7 @@ def test_features_of_the_dense_model_alone(tmp_path, dual, labelled, images):
     result = fastpie.mine(model, labelled(10), tmp_path / "run", keep_features="dense")
     dense, pruned = result.features()
     assert pruned.shape == (0, 10, 32)
+    assert result.record["feature_widths"] == [16, 16]
     with torch.no_grad():
         np.testing.assert_allclose(dense, model(images(10)).features.dense, rtol=1e-3, atol=1e-5)
     assert "feature_drift@0.7" in result.table.column_names

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
 
-__all__ = ["PENULTIMATE", "features_of", "stage_features", "watched"]
+__all__ = ["PENULTIMATE", "feature_widths", "features_of", "stage_features", "watched"]
 
 PENULTIMATE = "penultimate"
 """Stands for what goes into the last linear layer."""
@@ -61,17 +61,18 @@ def features_of(model: nn.Module, features: str) -> str:
     return features
 
 
-def stage_features(model: nn.Module, x: Any) -> str:
-    """The features of every stage of a network, by name: for `DualModel(features=...)`.
+def stage_features(model: nn.Module, x: Any, *, last: bool = False) -> str:
+    """The features of the early stages of a network, by name: for `DualModel(features=...)`.
 
     A stage is all that has one resolution; its features are what the last module at that resolution
     gives, pooled. Of a transformer, whose tokens have one resolution throughout, every quarter of its
-    blocks. Nearest neighbours in early stages tell wrong labels and odd images from others where the
-    last layer has learnt them by heart (docs/design/analysis.md).
+    blocks. Early stages tell wrong labels and odd images from others where the last one has learnt
+    them by heart (benchmarks/quality), so it is left out.
 
     Args:
         model: any module; it is run once, in eval mode, and left as it was.
         x: an example input; a tuple is spread over the model's positional arguments.
+        last: whether the last stage is among them. A network with one stage gives that one.
 
     Returns:
         Names of modules with ":pooled", joined by +.
@@ -94,7 +95,29 @@ def stage_features(model: nn.Module, x: Any) -> str:
             f"Expected modules of {type(model).__name__} that give images [N, C, H, W] or tokens "
             "[N, T, C], but none does: name a module by `features`."
         )
+    if not last and len(chosen) > 1:
+        chosen.pop()
     return _AND.join(name + _POOLED for name in chosen)
+
+
+def feature_widths(model: nn.Module, features: str, args: tuple[Any, ...]) -> list[int]:
+    """How many columns each part of joined features has, in their order.
+
+    Args:
+        model: any module; it is run once, in eval mode.
+        features: from `features_of`.
+        args: the model's positional arguments.
+    """
+    points = _points(model, features)
+    widths = [0] * len(points)
+
+    def keep(place: int, value: Any) -> None:
+        leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+        widths[place] = sum(leaf.shape[1:].numel() for leaf in leaves)
+
+    with _hooks(model, points, keep), torch.no_grad():
+        model.eval()(*args)
+    return widths
 
 
 def _shapes(model: nn.Module, x: Any) -> dict[str, tuple[int, ...]]:
@@ -171,26 +194,40 @@ def watched(model: nn.Module, features: str) -> Iterator[list[Any]]:
     points = _points(model, features)
     values: list[list[Any]] = [[] for _ in points]
 
-    def keep(place: int, args: tuple[Any, ...], output: Any) -> None:
-        values[place].append(points[place].value(args, output))
+    def keep(place: int, value: Any) -> None:
         if len(points) == 1:
-            seen.append(values[0].pop())
-        elif all(values):
+            seen.append(value)
+            return
+        values[place].append(value)
+        if all(values):
             seen.append(torch.cat([of_point.pop(0) for of_point in values], 1))
 
+    with _hooks(model, points, keep):
+        yield seen
+
+
+@contextmanager
+def _hooks(
+    model: nn.Module, points: list[_Point], keep: Callable[[int, Any], None]
+) -> Iterator[None]:
+    """Call keep(place, value) for each point as the model runs."""
     with ExitStack() as stack:
         for place, point in enumerate(points):
             module = model.get_submodule(point.module)
             if point.of_input:
                 handle = module.register_forward_pre_hook(
-                    lambda module, args, place=place: keep(place, args, None)
+                    lambda module, args, place=place, point=point: keep(
+                        place, point.value(args, None)
+                    )
                 )
             else:
                 handle = module.register_forward_hook(
-                    lambda module, args, output, place=place: keep(place, args, output)
+                    lambda module, args, output, place=place, point=point: keep(
+                        place, point.value(args, output)
+                    )
                 )
             stack.callback(handle.remove)
-        yield seen
+        yield
 
 
 def _pooled(x: Tensor) -> Tensor:  # [N, C, ...], [N, T, C] or [N, C] -> [N, 2 C] or [N, C]
