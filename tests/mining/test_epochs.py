@@ -230,6 +230,14 @@ def test_logits_that_are_no_numbers_do_not_count() -> None:
     assert one.table(IDS)["epochs"].to_pylist() == [2, 2, 1, 2, 2, 1, 2, 2, 2]
 
 
+def test_no_samples_are_no_update() -> None:
+    statistics = EpochStatistics(SAMPLES, CLASSES, sparsities=LEVELS)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    counted = statistics.update([], torch.zeros(0, 4), torch.zeros(2, 0, 4), nothing)
+    assert counted.shape == (0,)
+    assert statistics.table(IDS).num_rows == 0
+
+
 def test_a_class_of_probability_zero_is_data() -> None:
     statistics = EpochStatistics(2, 3, sparsities=LEVELS)
     z = torch.tensor([[0.0, -torch.inf, 1.0], [0.0, 1.0, 2.0]])
@@ -304,5 +312,7 @@ def test_statistics_of_nothing_are_refused() -> None:
         EpochStatistics(1, 2, task="segmentation")
     with pytest.raises(fastpie.FastpieError, match="got neither"):
         EpochStatistics(1, 2, labelled=False)
+    with pytest.raises(fastpie.FastpieError, match=r"`el2n_epochs` to hold numbers .* got 5"):
+        EpochStatistics(1, 2, el2n_epochs=5)  # type: ignore[arg-type]
     with pytest.raises(fastpie.FastpieError, match="9 sample ids, but got 1"):
         EpochStatistics(SAMPLES, CLASSES).table(["a"])

@@ -429,6 +429,8 @@ def test_what_cannot_be_used_is_refused_before_the_training(
         Recorder(model, samples([(images(1)[0], 7)], ["a"]))
     with pytest.raises(fastpie.FastpieError, match="22 samples, but got 2"):
         Recorder(model, data, sample_ids=["a", "b"])
+    with pytest.raises(fastpie.FastpieError, match="device that torch can use, but got 'abacus'"):
+        Recorder(model, data, device="abacus")
     with pytest.raises(fastpie.FastpieError, match=r"nn.Module"):
         Recorder("resnet", data)  # type: ignore[arg-type]
 
@@ -550,6 +552,18 @@ def test_state_in_a_checkpoint_takes_the_records_back(training: Any, tmp_path: P
     resumed.step(2)
     assert not resumed.result().equals(ahead)
     assert pq.read_table(tmp_path / "a" / "samples.parquet").equals(resumed.result())
+
+
+def test_the_kernels_of_a_state_are_chosen_again(training: Any) -> None:
+    """They are chosen by timing, which could end otherwise on another day."""
+    run = training("plain")
+    recorder = recorder_of(run)
+    recorder.step(0)
+    state = recorder.state_dict()
+    assert state["plan"]["backend"] == "cpu"
+    recorder.load_state_dict({**state, "plan": {"backend": "reference"}})
+    recorder.step(1)
+    assert recorder.state_dict()["plan"] == {"backend": "reference"}
 
 
 def test_a_folder_of_something_else_is_refused(

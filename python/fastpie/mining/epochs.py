@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -111,7 +112,12 @@ class EpochStatistics:
         self.sparsities = [float(s) for s in sparsities]
         self.is_ladder = is_ladder
         self.labelled = labelled
-        self.el2n_epochs = frozenset(el2n_epochs)
+        try:
+            self.el2n_epochs = frozenset(operator.index(epoch) for epoch in el2n_epochs)
+        except TypeError as error:
+            raise FastpieError(
+                f"Expected `el2n_epochs` to hold numbers of epochs, but got {el2n_epochs!r}."
+            ) from error
         self._arrays: dict[str, np.ndarray] = {}  # the last dimension is N
         self._sums = {
             column: score
@@ -171,7 +177,9 @@ class EpochStatistics:
             labels = checked_labels(labels, len(rows), self.classes, self.task).to(dense.device)
         if dense.dtype not in (torch.float32, torch.float64):
             dense, pruned = dense.float(), None if pruned is None else pruned.float()
-        levels = dense.unsqueeze(0) if pruned is None else pruned.reshape(-1, *dense.shape)
+        levels = dense.unsqueeze(0)
+        if pruned is not None:
+            levels = pruned.reshape(len(self.sparsities), *dense.shape)
         packed = ops.disagreement(dense.detach(), levels.detach(), labels, self.task)
         scores = dict(zip(SCORES, packed.double().cpu().numpy(), strict=True))
         usable: np.ndarray = ~np.isnan(scores["js"]).any(0)
@@ -294,8 +302,9 @@ class EpochStatistics:
             name: pa.array(value, from_pandas=True) if isinstance(value, np.ndarray) else value
             for name, value in columns.items()
         }
-        ids = sample_ids if isinstance(sample_ids, pa.Array) else pa.array(sample_ids, pa.string())
-        return pa.table({"sample_id": ids.take(pa.array(rows)).cast(pa.string()), **arrays})
+        if not isinstance(sample_ids, pa.Array):
+            sample_ids = pa.array(sample_ids, pa.string())
+        return pa.table({"sample_id": sample_ids.take(pa.array(rows)).cast(pa.string()), **arrays})
 
     def _by_level(self, columns: dict[str, Any], name: str, found: Mapping[str, Any]) -> None:
         if name not in found:

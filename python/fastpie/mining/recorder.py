@@ -27,6 +27,7 @@ from fastpie.dual.inputs import random_state
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
 from fastpie.mining.epochs import EARLY_EPOCHS, TASKS, EpochStatistics
+from fastpie.mining.plan import fingerprint_of
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Batch, Problem, Reader, path_of
 from fastpie.mining.run import DEFAULT_LADDER
@@ -72,9 +73,9 @@ class Recorder:
     scored again, even where the training has gone back further; to go back with a checkpoint of the
     training keep `state_dict()` in it.
 
-    Where `torch.distributed` is initialised (torchrun, DDP) every process makes the Recorder and calls
-    `step`, and they share the batches of the model of rank 0; all of them have the result. The
-    folder must be one that all of them see.
+    Where `torch.distributed` is initialised (torchrun, DDP) *every* process makes the Recorder and
+    calls `step`, not rank 0 alone: they share the batches, scored with the model of rank 0, and all
+    have the result. The folder must be one that all of them see.
 
     Attributes:
         every: how often it records.
@@ -105,7 +106,8 @@ class Recorder:
             model: the model that is trained (in DistributedDataParallel or torch.compile or not),
                 pruned by magnitude at .1, .3, .5 and .7; or a DualModel of it, which gives levels,
                 method, scope and the weights to prune, not the masks themselves. Attributes other
-                than parameters and buffers are used as they are now.
+                than parameters and buffers are used as they are now. Parameters that are sharded over
+                processes (FSDP) are not supported.
             data: as for `mine`. It must give the same sample for the same index: the training
                 samples *without* the random augmentation of the training.
             out: a folder or URL for state and table; None keeps them in memory.
@@ -138,7 +140,7 @@ class Recorder:
         self._engine: DualEngine | None = None
         self._plan: dict[str, Any] | None = None  # of the engine that a state was recorded with
         self._errors: dict[int, tuple[str, str, int]] = {}  # position: stage, error, epoch
-        place = torch.device(device) if device else next(self._model.parameters()).device
+        place = _place(device, self._model)
         with _apart(place):
             self._dual = DualModel(_private(self._model, place), masks).eval()
             self._sweep = Sweep(self._reader, place, sample_ids)
@@ -164,6 +166,7 @@ class Recorder:
             "weights": sorted(masks),
             "el2n_epochs": sorted(self._statistics.el2n_epochs),
             "data": f"{len(self._sweep.plan)} samples, {self._sweep.plan.fingerprint()}",
+            "samples": fingerprint_of(self._reader.dataset),
             "label": self._sweep.kind.label,
             "classes": classes,
             "batch_size": self._reader.batch_size,
@@ -548,6 +551,15 @@ def _rule_of(masks: Masks, model: nn.Module) -> dict[str, Any]:
     return rule
 
 
+def _place(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    try:
+        return torch.empty(0, device=device or next(model.parameters()).device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise FastpieError(
+            f"Expected a device that torch can use, but got {device!r}: {error}"
+        ) from error
+
+
 def _private(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         copied = copy.deepcopy(model)
@@ -556,7 +568,7 @@ def _private(model: nn.Module, device: torch.device) -> nn.Module:
             f"Expected a model that copy.deepcopy can copy, but {type(model).__name__} raised "
             f"{type(error).__name__}: {error}"
         ) from error
-    return copied.to(device).eval().requires_grad_(False)
+    return copied.to(device).requires_grad_(False)
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
 
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
@@ -50,7 +51,8 @@ class Sweep:
         given = known_sample_ids(reader.dataset) if sample_ids is None else sample_ids
         self._check_ids = given is None and self._items_have_ids()
         if self._check_ids:
-            given = reader.read_sample_ids(lambda done: None)
+            with tqdm(total=count, desc="sample ids", unit="img", leave=False, disable=None) as bar:
+                given = reader.read_sample_ids(bar.update)
         elif given is None:
             given = range(count)
             warnings.warn(
