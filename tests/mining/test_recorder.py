@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -494,13 +493,12 @@ def test_a_killed_training_goes_on_with_the_same_bits(
 
             type(run.data).__getitem__ = fatal  # type: ignore[method-assign]
         else:
-            # The table is there, the state half written under another name.
-            def torn(tensors: Any, path: Path) -> None:
-                Path(path).write_bytes(b"half")
-                os.kill(os.getpid(), signal.SIGKILL)
+            # The new table is there, the new state still under another name.
+            def killed(path: Path) -> None:
+                if path.name.startswith(".samples.safetensors"):
+                    os.kill(os.getpid(), signal.SIGKILL)
 
-            recorder_module = sys.modules["fastpie.mining.recorder"]
-            recorder_module.save_file = torn  # type: ignore[attr-defined]
+            fastpie._files._sync = killed
         train(run, recorder, range(4), tmp_path / "killed.pt")
 
     process = multiprocessing.get_context("fork").Process(target=until_killed)
@@ -508,7 +506,8 @@ def test_a_killed_training_goes_on_with_the_same_bits(
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     if where == "writing":
-        assert [p for p in (tmp_path / "killed").iterdir() if p.name.startswith(".")]
+        assert list((tmp_path / "killed").glob(".samples.safetensors.*"))
+        assert pq.read_table(tmp_path / "killed" / "samples.parquet")["epochs"][0].as_py() == 3
     run = training()
     recorder = recorder_of(run, tmp_path / "killed")
     assert recorder.epochs == [0, 1]

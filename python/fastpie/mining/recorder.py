@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -31,7 +31,7 @@ from fastpie.mining.plan import fingerprint_of
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Batch, Problem, Reader, path_of
 from fastpie.mining.run import DEFAULT_LADDER
-from fastpie.mining.run_folder import ERRORS_SCHEMA, RunFolder, explained, unreachable
+from fastpie.mining.run_folder import ERRORS_SCHEMA, RunFolder, unreachable
 from fastpie.mining.scoring import Scorer
 from fastpie.mining.sweep import Sweep
 from fastpie.pruning import Masks, prune
@@ -476,9 +476,6 @@ class Recorder:
     def _write(self) -> None:
         """The table, and then, as the sign that the epoch is recorded, the state."""
         assert self._folder is not None
-        if self._folder.path is not None:
-            with explained(self._folder.location):
-                self._folder.path.mkdir(parents=True, exist_ok=True)
         self._folder.write_table(_TABLE, self.result())
         self._folder.write_table(_ERRORS, self.errors)
         state = self.state_dict()
@@ -487,8 +484,7 @@ class Recorder:
         tensors["state"] = torch.from_numpy(
             np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
         )
-        with explained(self._folder.location), self._folder.storage.file(_STATE) as path:
-            save_file(tensors, path)
+        self._folder.write_file(_STATE, save(tensors))
 
 
 @contextlib.contextmanager
