@@ -22,20 +22,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from fastpie.dual import DualEngine, DualModel
-from fastpie.dual.calibration import statistics_of
 from fastpie.dual.inputs import random_state
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
 from fastpie.mining.epochs import EARLY_EPOCHS, TASKS, EpochStatistics
+from fastpie.mining.follower import Follower
 from fastpie.mining.plan import fingerprint_of
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Batch, Problem, Reader, path_of
-from fastpie.mining.run import DEFAULT_LADDER
 from fastpie.mining.run_folder import ERRORS_SCHEMA, RunFolder, unreachable
 from fastpie.mining.scoring import Scorer
 from fastpie.mining.sweep import Sweep
-from fastpie.pruning import Masks, prune
-from fastpie.pruning.prune import prunable_weights
 
 __all__ = ["Recorder"]
 
@@ -69,9 +66,10 @@ class Recorder:
 
     With `out` the state is written after every recorded epoch, whole or not at all, and a Recorder
     made again with the same arguments goes on from there: `samples.parquet` (the table),
-    `errors.parquet`, `samples.safetensors` (the state). An epoch that is in there already is not
-    scored again, even where the training has gone back further; to go back with a checkpoint of the
-    training keep `state_dict()` in it.
+    `errors.parquet`, `samples.safetensors` (the state). Save the checkpoint of an epoch after its
+    `step`: then a training that is killed and goes on records every epoch, with the same bits. An
+    epoch that is recorded is not scored again, even where the training has gone back further; for
+    records that go back with a checkpoint keep `state_dict()` in it.
 
     Where `torch.distributed` is initialised (torchrun, DDP) *every* process makes the Recorder and
     calls `step`, not rank 0 alone: they share the batches, scored with the model of rank 0, and all
@@ -131,19 +129,14 @@ class Recorder:
             raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
         self.every = _at_least("every", every, 1)
         self.epochs: list[int] = []
-        self._options = {"precision": precision, "backend": backend}
         self._reader = Reader(
             data, batch_size=batch_size, num_workers=num_workers, read_timeout=read_timeout
         )
-        self._model, masks = _trained(model)
-        self._rule = _rule_of(masks, self._model)
-        self._engine: DualEngine | None = None
-        self._plan: dict[str, Any] | None = None  # of the engine that a state was recorded with
         self._errors: dict[int, tuple[str, str, int]] = {}  # position: stage, error, epoch
-        place = _place(device, self._model)
-        with _apart(place):
-            self._dual = DualModel(_private(self._model, place), masks).eval()
-            self._sweep = Sweep(self._reader, place, sample_ids)
+        self._follower = Follower(model, device, precision=precision, backend=backend)
+        masks = self._follower.dual.masks
+        with _apart(self._follower.device):
+            self._sweep = Sweep(self._reader, self._follower.device, sample_ids)
             labelled = self._sweep.kind.label is not None
             self._scorer = Scorer(
                 task, masks.sparsities, masks.is_ladder, labelled, output, keep_logits=True
@@ -171,8 +164,9 @@ class Recorder:
             "classes": classes,
             "batch_size": self._reader.batch_size,
             "output": output,
-            **self._options,
-            "device": place.type,
+            "precision": precision,
+            "backend": backend,
+            "device": self._follower.device.type,
         }
         self._folder = None if out is None else RunFolder(out)
         if self._folder is not None:
@@ -192,7 +186,7 @@ class Recorder:
                     continue
                 args = self._sweep.arguments(batch.images)
                 try:
-                    out = self._dual(*args)
+                    out = self._follower.dual(*args)
                 except Exception as error:
                     shapes = [list(a.shape) for a in args if isinstance(a, Tensor)]
                     raise FastpieError(
@@ -246,63 +240,18 @@ class Recorder:
                     stacklevel=2,
                 )
                 return False
-            with _apart(self._sweep.lanes.device):
-                self._follow(ranks)
-                self._refresh(ranks)
-                self._record(epoch, ranks)
+            with _apart(self._follower.device):
+                self._follower.follow(ranks, lambda: self._sweep.subset(_RECALIBRATION_SAMPLES))
+                engine = self._follower.refresh(ranks, self._example)
+                self._record(epoch, engine, ranks)
             if self._folder is not None:
                 ranks.first(self._write)
         finally:
             ranks.close()
         return True
 
-    def _follow(self, ranks: Ranks) -> None:
-        """Make the private copy the model as it is now on rank 0, pruned and recalibrated anew."""
-
-        def prepare() -> dict[str, Tensor]:
-            levels = self._dual.sparsities
-            sparsity = levels if self._dual.is_ladder else levels[0]
-            self._dual.masks = prune(self._dual.model, sparsity, **self._rule)
-            dense = statistics_of(self._dual.model)
-            for level in range(len(levels)):
-                _copy(dense, self._dual.statistics(level))
-            if dense:
-                self._dual.recalibrate(self._sweep.subset(_RECALIBRATION_SAMPLES))
-            return {k: v.cpu() for k, v in _tensors(self._dual).items()} if ranks.count > 1 else {}
-
-        live = _tensors(self._model)
-        own = _tensors(self._dual.model)
-        if {k: v.shape for k, v in live.items()} != {k: v.shape for k, v in own.items()}:
-            raise FastpieError(
-                "Expected the parameters and buffers that the model had when the Recorder was made, "
-                f"but those of {type(self._model).__name__} have other names or shapes now."
-            )
-        _copy(live, own)
-        # BatchNorm statistics of DDP differ from rank to rank.
-        _copy(ranks.first(prepare), _tensors(self._dual))
-
-    def _refresh(self, ranks: Ranks) -> None:
-        """The engine of the model as it is now, with the kernels that rank 0 has chosen."""
-
-        def chosen() -> dict[str, Any]:
-            if self._engine is None:
-                self._engine = self._compile()
-            return self._engine.plan
-
-        if self._engine is not None:
-            self._engine.refresh()
-        self._plan = ranks.first(chosen)
-        if self._engine is None or self._engine.plan != self._plan:
-            self._engine = self._compile()
-
-    def _compile(self) -> DualEngine:
-        # Kernels are chosen by timing: what goes on from a state must choose alike.
-        return self._dual.compile(self._example, plan=self._plan, **self._options)
-
-    def _record(self, epoch: int, ranks: Ranks) -> None:
+    def _record(self, epoch: int, engine: DualEngine, ranks: Ranks) -> None:
         """Score every sample; what was known before stays in force unless all of it succeeds."""
-        engine, lanes = self._engine, self._sweep.lanes
-        assert engine is not None
         statistics = self._statistics.copy()
         rows: list[int] = []
         problems: list[Problem] = []
@@ -326,7 +275,7 @@ class Recorder:
                 disable=True if ranks.rank else None,
             ) as bar,
         ):
-            for _ in lanes.overlapped(read, forward, account):
+            for _ in self._sweep.lanes.overlapped(read, forward, account):
                 bar.update()
         mine = np.array(rows, dtype=np.int64)
         shares = ranks.all((mine, statistics.take(mine) if ranks.count > 1 else {}, problems))
@@ -420,7 +369,7 @@ class Recorder:
             "format": _FORMAT,
             "config": copy.deepcopy(self._config),
             "epochs": list(self.epochs),
-            "plan": copy.deepcopy(self._plan),
+            "plan": copy.deepcopy(self._follower.plan),
             "errors": [[position, *error] for position, error in sorted(self._errors.items())],
             "statistics": self._statistics.state_dict(),
         }
@@ -449,9 +398,8 @@ class Recorder:
             )
         self._statistics.load_state_dict(state["statistics"])
         self.epochs = list(state["epochs"])
-        self._plan = copy.deepcopy(state["plan"])
+        self._follower.take_plan(copy.deepcopy(state["plan"]))
         self._errors = {position: tuple(error) for position, *error in state["errors"]}
-        self._engine = None
 
     def _take_up(self, folder: RunFolder) -> None:
         """Go on from a folder, if something is in it."""
@@ -503,78 +451,6 @@ def _apart(device: torch.device) -> Iterator[None]:
         random.setstate(of_python)
         np.random.set_state(of_numpy)  # noqa: NPY002
         restore()
-
-
-def _trained(model: Any) -> tuple[nn.Module, Masks]:
-    """The module that is trained, unwrapped, and masks that tell how to prune it."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):  # of torch.compile
-            model = model._orig_mod
-        else:
-            break
-    if isinstance(model, DualModel):
-        return model.model, model.masks
-    return model, prune(model, DEFAULT_LADDER)
-
-
-def _rule_of(masks: Masks, model: nn.Module) -> dict[str, Any]:
-    """The arguments of `prune` that choose masks of the same parameters again.
-
-    Raises:
-        FastpieError: for masks that `prune` has not chosen.
-    """
-    rule: dict[str, Any] = {key: masks.info.get(key) for key in ("method", "scope", "seed")}
-    if rule["method"] not in ("l1", "random"):
-        raise FastpieError(
-            "Expected masks of fastpie.prune, which can be chosen again from the weights of a later "
-            f"epoch, but got masks made otherwise (method {rule['method']!r})."
-        )
-    holders = {
-        type(module)
-        for prefix, module in model.named_modules()
-        if (f"{prefix}.weight" if prefix else "weight") in masks
-    }
-    rule["modules"] = tuple(holders)
-    prunable = prunable_weights(model, modules=rule["modules"])
-    rule["exclude"] = [name for name in prunable if name not in masks]
-    if prunable.keys() - rule["exclude"] != masks.keys():
-        raise FastpieError(
-            f"Expected masks of weights that `prune` finds in {type(model).__name__}, but some are "
-            "not among them."
-        )
-    return rule
-
-
-def _place(device: str | torch.device | None, model: nn.Module) -> torch.device:
-    try:
-        return torch.empty(0, device=device or next(model.parameters()).device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise FastpieError(
-            f"Expected a device that torch can use, but got {device!r}: {error}"
-        ) from error
-
-
-def _private(model: nn.Module, device: torch.device) -> nn.Module:
-    try:
-        copied = copy.deepcopy(model)
-    except Exception as error:
-        raise FastpieError(
-            f"Expected a model that copy.deepcopy can copy, but {type(model).__name__} raised "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    return copied.to(device).requires_grad_(False)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, those that are not saved included."""
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    for name, tensor in source.items():
-        target[name].copy_(tensor)
 
 
 def _at_least(name: str, value: Any, least: int) -> int:
