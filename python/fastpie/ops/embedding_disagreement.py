@@ -43,9 +43,7 @@ def embedding_disagreement(
         FastpieError: for shapes, dtypes or devices that do not fit together.
     """
     if dense.ndim != 2:
-        raise FastpieError(
-            f"Expected `dense` to have shape [N, D], but got {list(dense.shape)}."
-        )
+        raise FastpieError(f"Expected `dense` to have shape [N, D], but got {list(dense.shape)}.")
     _native.check_outputs(dense, pruned)
     return torch.ops.fastpie.embedding_disagreement(dense, pruned)  # type: ignore[no-any-return]
 
