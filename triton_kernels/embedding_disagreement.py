@@ -1,4 +1,4 @@
-"""Triton kernel of `embedding_disagreement`, as csrc/include/fastpie/embedding_disagreement.h says.
+"""Triton kernel of `embedding_disagreement`, with the contract of its header in csrc/include.
 
 A program scores a row at all levels, BLOCK elements at a time, and reads it twice: its length, then
 the distance of the directions.

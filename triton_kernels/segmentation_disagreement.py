@@ -1,5 +1,4 @@
-"""Triton kernel of `segmentation_disagreement`, as csrc/include/fastpie/segmentation_disagreement.h
-says.
+"""Triton kernel of `segmentation_disagreement`, with the contract of its header in csrc/include.
 
 A program takes BLOCK pixels of one image and goes through the levels. Of a model it keeps the largest
 logit of each pixel and the sum of the exponentials, from one pass over the classes; a second pass

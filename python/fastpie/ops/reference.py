@@ -321,7 +321,7 @@ def embedding_disagreement(
     """
     z = functional.normalize(dense.double(), dim=-1)
     y = functional.normalize(pruned.double(), dim=-1)
-    drift = torch.linalg.vector_norm(z - y, dim=-1)
+    drift: Tensor = torch.linalg.vector_norm(z - y, dim=-1)
     return drift.to(torch.float64 if dense.dtype is torch.float64 else torch.float32)
 
 
