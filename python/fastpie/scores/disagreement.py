@@ -60,7 +60,8 @@ def disagreement(
 
     Returns:
         fp32 tensors (fp64 for fp64 inputs) on the inputs' device; flip is bool. A row with a NaN or
-        +inf output gives NaN scores and flip False; -inf is a class of probability zero.
+        +inf output gives NaN scores and flip False; -inf is a class of probability zero, and a row
+        or a pixel of nothing but -inf gives NaN. An embedding must be finite.
 
     Raises:
         FastpieError: for shapes, dtypes, devices or labels that do not fit together.
