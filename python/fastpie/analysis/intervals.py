@@ -199,6 +199,16 @@ def blocks(size: int, most: int) -> Iterator[int]:
         left -= rows
 
 
+def spread(resamples: np.ndarray) -> np.ndarray:
+    """Standard error along the first axis: half the way from the 15.87th to the 84.13th percentile.
+
+    That of a normal distribution; a few resamples of few distinct classes do not blow it up.
+    """
+    low, high = np.quantile(resamples, [0.1587, 0.8413], axis=0)
+    error: np.ndarray = (high - low) / 2
+    return error
+
+
 def permutations(generator: np.random.Generator, rows: int, n: int) -> np.ndarray:
     """Int [rows, n], each a permutation."""
     orders: np.ndarray = generator.permuted(np.tile(np.arange(n), (rows, 1)), axis=1)
@@ -252,5 +262,5 @@ def fisher_interval(value: float, resamples: np.ndarray, freedom: int) -> tuple[
     if len(z) < 2:
         return np.nan, np.nan
     center = float(np.arctanh(np.clip(value, -1 + 1e-12, 1 - 1e-12)))
-    low, high = t_interval(center, float(z.std(ddof=1)), freedom)
+    low, high = t_interval(center, float(spread(z)), freedom)
     return float(np.tanh(low)), float(np.tanh(high))

@@ -15,6 +15,7 @@ from fastpie.analysis.intervals import (
     permutation_p,
     permutations,
     resampled_weights,
+    spread,
     t_interval,
     weighted_correlation,
 )
@@ -254,8 +255,7 @@ def _errors(
         left = (weights @ squares).reshape(rows, terms, terms)
         right = weights @ (design * y[:, None])
         parts.append((np.linalg.pinv(left, hermitian=True) @ right[..., None])[..., 0])
-    errors: np.ndarray = np.concatenate(parts).std(axis=0, ddof=1)
-    return errors
+    return spread(np.concatenate(parts))
 
 
 def _semi_partial(
