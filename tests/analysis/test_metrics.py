@@ -224,7 +224,7 @@ def test_bad_input():
         measure(good, repeats=1)
     with pytest.raises(FastpieError, match="with labels"):
         measure(predictions(values, None))
-    with pytest.raises(FastpieError, match="one of .*'auroc'.*, but got 'f1'"):
+    with pytest.raises(FastpieError, match=r"one of .*'auroc'.*, but got 'f1'"):
         measure(good).models.of("f1")
     with pytest.raises(FastpieError, match="at least one model and one sample"):
         measure(predictions(values[:, :, :0], labels[:0]))
