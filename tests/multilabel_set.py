@@ -22,7 +22,7 @@ from scipy import special, stats
 PREVALENCE = (0.02, 0.25)
 DENSE_AP = 0.7
 _MEAN = float(np.log(PREVALENCE).mean())
-_QUANTILES = special.ndtri((np.arange(2000) + 0.5) / 2000)
+_QUANTILES = special.ndtri((np.arange(500) + 0.5) / 500)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(41)
 
 
@@ -158,8 +158,8 @@ def average_precision(separation: np.ndarray, prevalence: np.ndarray) -> np.ndar
 
 
 def _separation(wanted: np.ndarray, prevalence: np.ndarray) -> np.ndarray:
-    grid = np.linspace(-0.5, 6, 400)
+    grid = np.linspace(-0.5, 6, 200)
     found = np.empty_like(wanted)
     for c, f in enumerate(prevalence):
-        found[:, c] = np.interp(wanted[:, c], average_precision(grid, np.full(400, f)), grid)
+        found[:, c] = np.interp(wanted[:, c], average_precision(grid, np.full(200, f)), grid)
     return found

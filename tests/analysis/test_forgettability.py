@@ -280,7 +280,7 @@ def test_a_known_structure_is_in_the_intervals(models):
 
 @pytest.mark.parametrize("models", [1, 4])
 def test_no_drop_is_found_at_the_nominal_rate(models):
-    repeats, below = 120, 0
+    repeats, below = 100, 0
     for seed in range(repeats):
         measurement, _ = measured(
             seed,
@@ -301,11 +301,11 @@ def test_no_drop_is_found_at_the_nominal_rate(models):
 
 def test_links_find_the_slope_and_nothing_else(monkeypatch):
     monkeypatch.setattr(intervals, "_BUDGET", 1)
-    repeats, found = 60, {0.0: 0, 0.12: 0}
+    repeats, found = 40, {0.0: 0, 0.2: 0}
     for slope in found:
         for seed in range(repeats):
             measurement, _ = measured(
-                seed, models=2, samples=600, classes=10, sparsities=(0.9,), slope=slope, alike=0
+                seed, models=2, samples=500, classes=10, sparsities=(0.9,), slope=slope, alike=0
             )
             row = links(measurement, seed=seed).to_pylist()[2]
             assert (row["y"], row["method"]) == ("extreme_drop", "pearson")
@@ -314,4 +314,4 @@ def test_links_find_the_slope_and_nothing_else(monkeypatch):
                 assert row["value"] > 0  # the frequent are forgotten less
     low, high = stats.binom.interval(0.9999, repeats, 0.05)
     assert low <= found[0.0] <= high
-    assert found[0.12] > 0.8 * repeats
+    assert found[0.2] > 0.8 * repeats

@@ -103,7 +103,9 @@ class Predictions:
             )
         if not logits:
             for name, values in (("dense", first), ("pruned", second)):
-                if values.size and not (np.nanmin(values) >= 0 and np.nanmax(values) <= 1):
+                # fmin and fmax pass over NaN, also where there is nothing else.
+                least = np.fmin.reduce(values, axis=None, initial=0)
+                if least < 0 or np.fmax.reduce(values, axis=None, initial=1) > 1:
                     raise FastpieError(
                         f"Expected `{name}` to hold probabilities in [0, 1], but it does not; pass "
                         "logits=True for logits."
