@@ -167,7 +167,7 @@ def test_regression_against_sklearn_and_all_permutations():
 
         def t_value(term, others=others):
             design = np.column_stack([np.ones(len(y)), others, term])
-            coefficients, squares, _, _ = np.linalg.lstsq(design, y)
+            coefficients, squares, _, _ = np.linalg.lstsq(design, y, rcond=None)
             variance = squares[0] / (len(y) - 4) * np.linalg.inv(design.T @ design)[-1, -1]
             return coefficients[-1] / np.sqrt(variance)
 

@@ -120,6 +120,7 @@ def test_labels():
         ({"task": "multiclass", "labels": [0, 1, 2, 3, 0.5]}, "but got 0.5"),
         ({"task": "multiclass", "labels": [0, 1, 2, 3, -2]}, "but got -2"),
         ({"class_names": ["a"]}, "4 `class_names`, but got 1"),
+        ({"class_names": ["a", "b", "a", "c"]}, "`class_names` that all differ"),
         ({"sample_ids": ["a"]}, "5 `sample_ids`, but got 1"),
         ({"train_counts": [1, 2, 3]}, "`train_counts` of 4 numbers of at least 0"),
         ({"train_counts": [1, 2, 3, -4]}, "`train_counts` of 4 numbers of at least 0"),

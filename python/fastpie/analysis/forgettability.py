@@ -187,7 +187,8 @@ def links(
 
     Correlations over the classes of the logarithm of their frequency with `first_drop` and with
     `extreme_drop` (`class_changes`). p: permutations of the classes, two-sided; intervals:
-    resamples of the classes (`correlation`). A class that never drops has no `first_drop` and
+    resamples of the classes (`correlation`), which hold the true value in about 90 instead of 95 of
+    100 sets if classes are forgotten alike in groups. A class that never drops has no `first_drop` and
     takes no part in its link (the published code cannot go on there).
 
     Note that average precision falls further for a rare class when separation falls equally, as

@@ -25,7 +25,7 @@ OVERALL = {
 """Of all classes together, by task; the first one leads."""
 
 _BLOCK = 1 << 21  # scores looked at together by a thread: 16 MB an array
-_WEIGHTS = 10_000_000  # 500 resamples of 20,000 samples: 80 MB
+_WEIGHTS = 4_000_000  # 200 resamples of 20,000 samples: 32 MB, an array a thread
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

@@ -160,7 +160,7 @@ def regression(table: pa.Table, *, seed: int = 0) -> pa.Table:
     if known.classes >= 6:
         design, y = np.stack(list(terms.values()), axis=1), known.columns["fcd"]
         generator = np.random.default_rng(seed)
-        coefficients = np.linalg.lstsq(design, y)[0]
+        coefficients = np.linalg.lstsq(design, y, rcond=None)[0]
         errors = _errors(known, design, y, generator)
         inflation = _inflation(design)
         for place, name in enumerate(terms):

@@ -113,6 +113,8 @@ class Predictions:
         names = [str(i) for i in range(classes)] if class_names is None else list(class_names)
         if len(names) != classes:
             raise FastpieError(f"Expected {classes} `class_names`, but got {len(names)}.")
+        if len(set(names)) < classes:
+            raise FastpieError(f"Expected `class_names` that all differ, but got {names}.")
         ids = None if sample_ids is None else [str(i) for i in sample_ids]
         if ids is not None and len(ids) != samples:
             raise FastpieError(f"Expected {samples} `sample_ids`, but got {len(ids)}.")
