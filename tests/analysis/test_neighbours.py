@@ -7,7 +7,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch.utils.data import TensorDataset
 
 import fastpie
-from fastpie.analysis import neighbours as module
+from fastpie.analysis import neighbour_search as module
 from fastpie.analysis.neighbours import nearest_neighbours, run_features
 from fastpie.errors import FastpieError
 
@@ -125,7 +125,9 @@ def test_huge_and_tiny_features(blocks, metric, scale):
 def test_one_row_far_from_all_others_does_not_blur_them(blocks):
     x = features(7)
     x[0] = 1e20
-    assert (nearest_neighbours(x, 5, metric="euclidean").indices == literal(x.astype(float), 5)).all()
+    assert (
+        nearest_neighbours(x, 5, metric="euclidean").indices == literal(x.astype(float), 5)
+    ).all()
 
 
 def test_blocks_and_threads_do_not_show(monkeypatch, restore_threads):
@@ -183,18 +185,20 @@ def test_faiss(monkeypatch, metric, exact):
 
 def test_faiss_that_is_not_installed_is_asked_for(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
-    with pytest.raises(FastpieError, match=r"Expected faiss for nearest neighbours.*fastpie\[faiss\]"):
+    with pytest.raises(
+        FastpieError, match=r"Expected faiss for nearest neighbours.*fastpie\[faiss\]"
+    ):
         nearest_neighbours(features(0), library="faiss")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(features=np.ones(3)), r"`features` of shape \[N, D\] and numbers, but got \[3\]"),
-        (dict(features=np.array([["a"]])), "numbers, but got"),
-        (dict(k=0), "`k` of at least 1, but got 0"),
-        (dict(metric="manhattan"), "`metric` to be one of .* but got 'manhattan'"),
-        (dict(library="annoy"), "`library` to be one of .* but got 'annoy'"),
+        ({"features": np.ones(3)}, r"`features` of shape \[N, D\] and numbers, but got \[3\]"),
+        ({"features": np.array([["a"]])}, "numbers, but got"),
+        ({"k": 0}, "`k` of at least 1, but got 0"),
+        ({"metric": "manhattan"}, "`metric` to be one of .* but got 'manhattan'"),
+        ({"library": "annoy"}, "`library` to be one of .* but got 'annoy'"),
     ],
 )
 def test_bad_input(arguments, message):

@@ -11,21 +11,19 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 
-from fastpie._extras import load_extra
+from fastpie.analysis.neighbour_search import Nearest, Rows, View, search, search_faiss
 from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 from fastpie.mining.run_folder import RunFolder
 
-__all__ = ["Neighbours", "nearest_neighbours", "run_features"]
+__all__ = [
+    "Neighbours", "atypical", "label_conflict", "nearest_neighbours", "neighbour_agreement",
+    "run_features",
+]  # fmt: skip
 
 _METRICS = ("cosine", "euclidean")
 _LIBRARIES = ("fastpie", "faiss")
-# 2,048 candidates are read, and made unit vectors, once for 4,096 queries: a tenth of the product's
-# time with 512 features. All arrays of a block together stay below 500 MB.
-_QUERIES, _CANDIDATES = 4096, 2048
-_CHUNK = 2**22  # numbers in an array of the exact distances: 32 MB
-_FAISS_EXACT = 2**16  # samples up to which FAISS compares all with all
-_FAISS_PROBES = 32  # lists searched of the about 4 * sqrt(N) above that
+_TASKS = ("multiclass", "multilabel")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,20 +76,15 @@ def nearest_neighbours(
         FastpieError: for features of another shape or type, k below 1, an unknown metric or library,
             a run without features, or without the package faiss where it is asked for.
     """
-    if k < 1:
-        raise FastpieError(f"Expected `k` of at least 1, but got {k}.")
-    for name, value, known in (("metric", metric, _METRICS), ("library", library, _LIBRARIES)):
-        if value not in known:
-            raise FastpieError(f"Expected `{name}` to be one of {known}, but got {value!r}.")
-    if isinstance(features, MiningResult | str | os.PathLike):
-        features = run_features(features)
-    rows = _Rows(features, metric)
-    best = _Best(len(rows), k)
-    (_search if library == "fastpie" else _search_faiss)(rows, best)
-    none = best.indices < 0
-    squares = np.where(none, np.nan, best.squares)
-    distances = squares / 2 if metric == "cosine" else np.sqrt(squares) * rows.scale
-    return Neighbours(best.indices, distances, metric)
+    if library not in _LIBRARIES:
+        raise FastpieError(f"Expected `library` to be one of {_LIBRARIES}, but got {library!r}.")
+    rows = _rows(features, k, metric)
+    nearest = Nearest(len(rows), k)
+    if library == "fastpie":
+        search(rows, [View(nearest)])
+    else:
+        search_faiss(rows, nearest)
+    return Neighbours(nearest.indices, rows.distances(nearest), metric)
 
 
 def run_features(run: MiningResult | str | os.PathLike[str]) -> np.ndarray:  # fp32 [N, D]
@@ -139,208 +132,150 @@ def run_features(run: MiningResult | str | os.PathLike[str]) -> np.ndarray:  # f
     return result
 
 
+def _rows(features: Any, k: int, metric: str) -> Rows:
+    if k < 1:
+        raise FastpieError(f"Expected `k` of at least 1, but got {k}.")
+    if metric not in _METRICS:
+        raise FastpieError(f"Expected `metric` to be one of {_METRICS}, but got {metric!r}.")
+    if isinstance(features, MiningResult | str | os.PathLike):
+        features = run_features(features)
+    return Rows(features, metric)
+
+
 def _temporary(shape: tuple[int, int]) -> np.ndarray:
     with tempfile.TemporaryFile(prefix="fastpie-features-") as file:
         return np.memmap(file, np.float32, "w+", shape=shape)
 
 
-class _Rows:
-    """Features as vectors whose Euclidean distances order as those asked for.
+def atypical(neighbours: Neighbours) -> np.ndarray:  # fp64 [N]
+    """How far a sample is from its nearest neighbours: the mean of their distances.
 
-    Attributes:
-        usable: bool [N], whether all values of a row are finite.
-        scale: what the vectors were divided by, a power of 2: with the largest value in [.5, 1) no
-            square overflows.
+    The k-nearest-neighbour distance of outlier detection (Angiulli, Pizzuti, 2002, their weight; in
+    features of a network Sun et al., arXiv 2204.06507). High for rare kinds and bad images. An exact
+    duplicate lowers it: k copies of one odd image do not look odd.
+
+    Returns:
+        Higher = more atypical; NaN for a sample without neighbours.
     """
-
-    def __init__(self, features: Any, metric: str) -> None:
-        if isinstance(features, torch.Tensor):
-            features = features.detach().cpu()
-            features = (features.float() if features.dtype is torch.bfloat16 else features).numpy()
-        array = np.asanyarray(features)  # a memory map stays one
-        if array.ndim != 2 or not (
-            np.issubdtype(array.dtype, np.floating) or np.issubdtype(array.dtype, np.integer)
-        ):
-            raise FastpieError(
-                f"Expected `features` of shape [N, D] and numbers, but got {list(array.shape)} of "
-                f"{array.dtype}."
-            )
-        self._array = array
-        self._cosine = metric == "cosine"
-        self._zeros = False
-        self.usable = np.empty(len(array), bool)
-        self.scale = 1.0
-        largest = 0.0
-        for first in range(0, len(array), _CANDIDATES):
-            block = array[first : first + _CANDIDATES].astype(np.float64)
-            usable = np.isfinite(block).all(1)
-            self.usable[first : first + len(block)] = usable
-            heights = np.abs(block[usable]).max(1, initial=0)
-            self._zeros |= self._cosine and not heights.all()
-            largest = max(largest, heights.max(initial=0))
-        if largest > 0 and not self._cosine:
-            self.scale = float(2.0 ** np.frexp(largest)[1])
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    @property
-    def width(self) -> int:
-        return int(self._array.shape[1]) + self._zeros
-
-    def block(self, first: int, last: int) -> np.ndarray:  # fp64 [n, width]
-        """Some vectors; zeros for a row that is not usable."""
-        block = self._array[first:last].astype(np.float64)
-        block[~self.usable[first:last]] = 0
-        if not self._cosine:
-            block /= self.scale
-            return block
-        heights = np.abs(block).max(1, initial=0, keepdims=True)
-        block /= np.where(heights > 0, heights, 1)  # the squares of tiny values would vanish
-        norms = np.linalg.norm(block, axis=1, keepdims=True)
-        block /= np.where(norms > 0, norms, 1)
-        if self._zeros:
-            block = np.hstack([block, (norms == 0).astype(np.float64)])
-        return block
+    return _mean(neighbours.distances)
 
 
-class _Best:
-    """The nearest found so far, by squared distance and then index.
+def neighbour_agreement(
+    neighbours: Neighbours,
+    labels: Any,  # multiclass: integers [N], below 0 unknown; multilabel: [N, C] of 1, 0, NaN
+    *,
+    task: str = "multiclass",
+) -> np.ndarray:  # fp64 [N]
+    """The share of the neighbours that have the sample's label, nearer ones weighing more.
 
-    Attributes:
-        indices: int64 [N, k], -1 where none yet.
-        squares: fp64 [N, k], inf where none yet.
+    A neighbour at distance d weighs 1 / (d + the mean of the distances), so at most twice what it
+    would at the mean distance, and a duplicate does not outvote all others. Neighbours without a label
+    are left out.
+
+    In the features that a network of its size has memorised this says little: a wrong label lies
+    among the samples of that label. `label_conflict` still tells there.
+
+    Returns:
+        In [0, 1], 1 where all agree; multilabel: mean over the sample's known classes. NaN without
+        label or labelled neighbours.
+
+    Raises:
+        FastpieError: for labels that do not fit.
     """
-
-    def __init__(self, rows: int, k: int) -> None:
-        self.k = k
-        self.indices = np.full((rows, k), -1, np.int64)
-        self.squares = np.full((rows, k), np.inf)
-
-    def offer(self, queries: np.ndarray, found: np.ndarray, squares: np.ndarray) -> None:
-        """Take pairs into account, each once. All arrays [M]."""
-        touched, places = np.unique(queries, return_inverse=True)
-        places = np.concatenate([np.repeat(np.arange(len(touched)), self.k), places])
-        found = np.concatenate([self.indices[touched].ravel(), found])
-        squares = np.concatenate([self.squares[touched].ravel(), squares])
-        order = np.lexsort((found, squares, places))
-        places = places[order]
-        ranks = np.arange(len(order)) - np.searchsorted(places, np.arange(len(touched)))[places]
-        kept = ranks < self.k
-        order, at = order[kept], (touched[places[kept]], ranks[kept])
-        self.indices[at] = found[order]
-        self.squares[at] = squares[order]
+    known, columns = _columns(labels, len(neighbours), task)
+    there = neighbours.indices >= 0
+    mean = atypical(neighbours)[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        weights = np.where(mean > 0, 1 / (neighbours.distances + mean), 1.0)
+    weights[~there] = 0
+    shares = np.full(known.shape, np.nan)
+    for c in range(known.shape[1]):
+        counted = weights * known[neighbours.indices, c]
+        equal = columns[neighbours.indices, c] == columns[:, c, None]
+        total = counted.sum(1)
+        told = known[:, c] & (total > 0)
+        shares[told, c] = (counted * equal).sum(1)[told] / total[told]
+    return _mean(shares)
 
 
-def _search(rows: _Rows, best: _Best) -> None:
-    # With u = 2^-24, a product of D terms in fp32 is off by at most (D + 2) u |a| |b| in whatever
-    # order it is summed, its two roundings to fp32 included, and 2 |a| |b| <= |a|^2 + |b|^2
-    # (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); 6 u more for the norms
-    # and the sums.
-    slack = 1.1 * (rows.width + 8) * 2.0**-24
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # the bound is for fp32, not for TF32 or bf16
-    try:
-        for first in range(0, len(rows), _QUERIES):
-            queries = rows.block(first, first + _QUERIES)
-            for other in range(0, len(rows), _CANDIDATES):
-                candidates = rows.block(other, other + _CANDIDATES)
-                bounds = _lower_bounds(queries, candidates, slack)
-                bounds[~rows.usable[first : first + len(queries)]] = np.inf
-                bounds[:, ~rows.usable[other : other + len(candidates)]] = np.inf
-                both = np.arange(
-                    max(first, other), min(first + len(queries), other + len(candidates))
-                )
-                bounds[both - first, both - other] = np.inf  # itself
-                _offer_nearest(best, bounds, queries, candidates, first, other)
-    finally:
-        torch.set_float32_matmul_precision(precision)
+def label_conflict(
+    features: Any,  # as for nearest_neighbours
+    labels: Any,  # multiclass: integers [N], below 0 unknown; multilabel: [N, C] of 1, 0, NaN
+    k: int = 5,
+    *,
+    metric: str = "cosine",
+    task: str = "multiclass",
+) -> np.ndarray:  # fp64 [N]; multilabel [N, C]
+    """How much nearer a sample is to other labels than to its own.
 
+    `own / (own + other)`, where own is the mean distance to the k nearest samples of the same label
+    and other to the k nearest of another one; it orders as own / other, the k-nearest-neighbour
+    strangeness of Proedrou et al. (Transductive confidence machines for pattern recognition, ECML
+    2002). Multilabel: of each class, where the label is 1 or 0.
 
-def _lower_bounds(
-    queries: np.ndarray,  # [Q, D]
-    candidates: np.ndarray,  # [B, D]
-    slack: float,
-) -> np.ndarray:  # fp32 [Q, B]
-    """What the squared distances are at least."""
-    a, b = (torch.from_numpy(v) for v in (queries, candidates))
-    norms = [(v.square().sum(1) * (1 - slack)).float() for v in (a, b)]
-    bounds: np.ndarray = (
-        torch.addmm(norms[1], a.float(), b.float().T, alpha=-2).add_(norms[0][:, None]).numpy()
-    )
-    return bounds
+    Args:
+        features: see `nearest_neighbours`, which also says how it is computed and what it costs;
+            multilabel takes a search for each class.
+        labels: of the samples; those without take no part.
+        k: neighbours of either kind, at least 1; fewer where there are no more.
+        metric: "cosine" or "euclidean".
+        task: "multiclass" or "multilabel".
 
+    Returns:
+        In [0, 1], higher = the label is more doubtful; .5 where both distances are equal, exact
+        duplicates with different labels among them. NaN without label or features, or where no other
+        sample has the same label, or none another.
 
-def _offer_nearest(
-    best: _Best,
-    bounds: np.ndarray,  # fp32 [Q, B], inf: no candidate
-    queries: np.ndarray,
-    candidates: np.ndarray,
-    first: int,
-    other: int,
-) -> None:
-    """Offer the pairs whose bound is not above what the query has found already.
-
-    In rounds of a few candidates a query, in the order of their indices, for each round lowers what
-    is to be beaten: with thousands of duplicates the first k end the search at distance 0, and a
-    block that is much nearer than those before does not have to be computed whole.
+    Raises:
+        FastpieError: as `nearest_neighbours`, and for labels that do not fit.
     """
-    row, column = np.nonzero(bounds <= _to_beat(best, first, len(queries))[:, None])
-    while len(row):
-        starts = np.searchsorted(row, np.arange(len(queries)))
-        now = np.arange(len(row)) - starts[row] < 4 * best.k
-        best.offer(
-            first + row[now],
-            other + column[now],
-            _squares(queries, candidates, row[now], column[now]),
+    rows = _rows(features, k, metric)
+    known, columns = _columns(labels, len(rows), task)
+    pairs = [
+        tuple(_label_view(rows, k, known[:, c], columns[:, c], same) for same in (True, False))
+        for c in range(columns.shape[1])
+    ]
+    search(rows, [view for pair in pairs for view in pair])
+    conflict = np.empty(columns.shape)
+    for c, pair in enumerate(pairs):
+        own, other = (_mean(rows.distances(view.nearest)) for view in pair)
+        total = own + other
+        with np.errstate(invalid="ignore"):
+            conflict[:, c] = np.where(total == 0, 0.5, own / total)
+    return conflict if task == "multilabel" else conflict[:, 0]
+
+
+def _label_view(rows: Rows, k: int, known: np.ndarray, labels: np.ndarray, same: bool) -> View:
+    def allowed(queries: slice, candidates: slice) -> np.ndarray:
+        equal = labels[queries, None] == labels[candidates]
+        mask: np.ndarray = (equal == same) & known[queries, None] & known[candidates]
+        return mask
+
+    return View(Nearest(len(rows), k), allowed)
+
+
+def _columns(labels: Any, samples: int, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """Which labels are known, bool [N, C], and what they are; multiclass is one column."""
+    if task not in _TASKS:
+        raise FastpieError(f"Expected `task` to be one of {_TASKS}, but got {task!r}.")
+    array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels
+    array = np.asarray(array)
+    dimensions = 1 if task == "multiclass" else 2
+    if array.ndim != dimensions or len(array) != samples or array.dtype.kind not in "iufb":
+        shape = f"[{samples}]" if task == "multiclass" else f"[{samples}, C]"
+        raise FastpieError(
+            f"Expected {task} `labels` of shape {shape} and numbers, but got {list(array.shape)} of "
+            f"{array.dtype}."
         )
-        row, column = row[~now], column[~now]
-        left = bounds[row, column] <= _to_beat(best, first, len(queries))[row]
-        row, column = row[left], column[left]
+    if task == "multiclass":
+        array = array[:, None]
+    known = ~np.isnan(array.astype(np.float64)) & (array >= 0)
+    return known, array
 
 
-def _to_beat(best: _Best, first: int, count: int) -> np.ndarray:  # fp32 [count]
-    """What a bound must not be above, for a candidate to come among the nearest of a query."""
-    worst = best.squares[first : first + count, -1]
-    limits = np.nextafter(worst.astype(np.float32), np.float32(np.inf))
-    limits = np.minimum(limits, np.finfo(np.float32).max)  # inf: not a candidate
-    # Candidates come in the order of their indices: a later one cannot win at distance 0.
-    limits[worst == 0] = -np.inf
-    return limits
-
-
-def _squares(
-    queries: np.ndarray, candidates: np.ndarray, row: np.ndarray, column: np.ndarray
-) -> np.ndarray:  # fp64 [M]
-    """Squared distances of pairs, each summed by itself so that equal pairs give equal bits."""
-    result = np.empty(len(row))
-    step = max(1, _CHUNK // max(1, queries.shape[1]))
-    for at in range(0, len(row), step):
-        difference = queries[row[at : at + step]] - candidates[column[at : at + step]]
-        result[at : at + step] = np.square(difference).sum(1)
-    return result
-
-
-def _search_faiss(rows: _Rows, best: _Best) -> None:
-    faiss = load_extra("faiss", "faiss", "nearest neighbours by FAISS")
-    usable = np.flatnonzero(rows.usable)
-    if len(usable) < 2:
-        return
-    vectors = np.empty((len(usable), rows.width), np.float32)
-    for first in range(0, len(rows), _QUERIES):
-        of_block = rows.usable[first : first + _QUERIES]
-        at = np.searchsorted(usable, first)
-        vectors[at : at + of_block.sum()] = rows.block(first, first + _QUERIES)[of_block]
-    index = faiss.IndexFlatL2(rows.width)
-    if len(usable) > _FAISS_EXACT:
-        index = faiss.IndexIVFFlat(index, rows.width, int(4 * len(usable) ** 0.5))
-        index.train(vectors)  # from a fixed seed
-        index.nprobe = _FAISS_PROBES
-    index.add(vectors)
-    wanted = min(best.k + 1, len(usable))  # itself among them
-    for first in range(0, len(usable), _QUERIES):
-        _, found = index.search(vectors[first : first + _QUERIES], wanted)
-        row, place = np.nonzero((found >= 0) & (found != first + np.arange(len(found))[:, None]))
-        column = found[row, place]
-        squares = np.square(vectors[first + row].astype(np.float64) - vectors[column]).sum(1)
-        best.offer(usable[first + row], usable[column], squares)
+def _mean(values: np.ndarray) -> np.ndarray:  # [N, k] -> [N]
+    """Mean over what is not NaN; NaN where nothing is."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        mean: np.ndarray = np.where(there, values, 0).sum(1) / there.sum(1)
+    return mean
