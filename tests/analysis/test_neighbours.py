@@ -8,7 +8,13 @@ from torch.utils.data import TensorDataset
 
 import fastpie
 from fastpie.analysis import neighbour_search as module
-from fastpie.analysis.neighbours import nearest_neighbours, run_features
+from fastpie.analysis.neighbours import (
+    atypical,
+    label_conflict,
+    nearest_neighbours,
+    neighbour_agreement,
+    run_features,
+)
 from fastpie.errors import FastpieError
 
 
@@ -165,6 +171,91 @@ def test_memory_maps_and_tensors(tmp_path):
     assert (nearest_neighbours(half).indices == nearest_neighbours(half.float()).indices).all()
 
 
+def test_atypical_is_the_mean_distance_to_those_there_are():
+    x = np.array([[0.0], [1.0], [1.0], [5.0], [np.nan]])
+    found = nearest_neighbours(x, 2, metric="euclidean")
+    np.testing.assert_array_equal(atypical(found), [1, 0.5, 0.5, 4, np.nan])
+    found = nearest_neighbours(x, 9, metric="euclidean")
+    np.testing.assert_allclose(atypical(found), [7 / 3, 5 / 3, 5 / 3, 13 / 3, np.nan])
+
+
+def test_agreement_weighs_near_neighbours_more():
+    x = np.array([[0.0], [1.0], [3.0]])
+    found = nearest_neighbours(x, 2, metric="euclidean")
+    # Sample 0: distances 1 and 3, mean 2, weights 1/3 and 1/5.
+    shares = neighbour_agreement(found, [0, 0, 1])
+    np.testing.assert_allclose(shares, [5 / 8, 3.5 / 6, 0])
+
+
+def test_agreement_among_duplicates_is_the_plain_share():
+    found = nearest_neighbours(np.ones((5, 2)), 4)
+    np.testing.assert_allclose(neighbour_agreement(found, [0, 0, 0, 1, 1]), [0.5] * 3 + [0.25] * 2)
+
+
+def test_agreement_leaves_out_what_is_unknown():
+    x = np.array([[0.0], [1.0], [2.0], [3.0], [np.nan]])
+    found = nearest_neighbours(x, 3, metric="euclidean")
+    shares = neighbour_agreement(found, [1, -1, 1, 1, 1])
+    np.testing.assert_array_equal(shares, [1, np.nan, 1, 1, np.nan])
+
+
+def test_agreement_of_several_labels_is_the_mean_over_the_known_classes():
+    x = features(12, n=30)
+    found = nearest_neighbours(x, 6)
+    labels = np.random.default_rng(0).integers(0, 2, size=(30, 3)).astype(np.float32)
+    labels[4, 1] = np.nan
+    of_class = [neighbour_agreement(found, np.nan_to_num(y, nan=-1)) for y in labels.T]
+    expected = np.nanmean(of_class, axis=0)
+    np.testing.assert_allclose(neighbour_agreement(found, labels, task="multilabel"), expected)
+
+
+def literal_conflict(x, y, k):
+    conflict = np.full(len(x), np.nan)
+    for i in range(len(x)):
+        d = np.sqrt(((x - x[i]) ** 2).sum(1))
+        others = (np.arange(len(x)) != i) & (y >= 0)
+        own, other = (np.sort(d[others & mask])[:k] for mask in (y == y[i], y != y[i]))
+        if y[i] >= 0 and len(own) and len(other):
+            conflict[i] = own.mean() / (own.mean() + other.mean())
+    return conflict
+
+
+@pytest.mark.parametrize("k", [1, 5, 200])
+def test_conflict_equals_a_literal_computation(blocks, k):
+    x = features(13).astype(np.float64)
+    y = np.random.default_rng(1).integers(-1, 4, len(x))
+    expected = literal_conflict(x, y, k)
+    assert np.isnan(expected).any()
+    np.testing.assert_allclose(label_conflict(x, y, k, metric="euclidean"), expected)
+
+
+def test_conflict_of_each_class_of_several_labels(blocks):
+    x = features(14).astype(np.float64)
+    y = np.random.default_rng(2).integers(0, 2, (len(x), 3)).astype(np.float32)
+    y[5, 0], y[:, 2] = np.nan, 1  # nobody is without the third
+    got = label_conflict(x, y, 3, metric="euclidean", task="multilabel")
+    for c in range(3):
+        of_class = literal_conflict(x, np.nan_to_num(y[:, c], nan=-1), 3)
+        np.testing.assert_allclose(got[:, c], of_class)
+    assert np.isnan(got[:, 2]).all()
+
+
+def test_conflict_finds_wrong_labels_and_survives_duplicates():
+    generator = np.random.default_rng(3)
+    truth = np.repeat([0, 1, 2], 40)
+    x = np.eye(3)[truth] * 5 + generator.normal(size=(120, 3))
+    labels = truth.copy()
+    wrong = [3, 50, 90]
+    labels[wrong] = (labels[wrong] + 1) % 3
+    x = np.concatenate([x, x[:10]])  # exact copies, one of them of a wrong label
+    labels = np.concatenate([labels, truth[:10]])
+    conflict = label_conflict(x, labels, metric="euclidean")
+    assert np.isfinite(conflict).all()
+    assert set(np.argsort(-conflict)[:3]) == set(wrong)
+    same = label_conflict(np.ones((6, 2)), [0, 0, 0, 1, 1, 1])
+    assert (same == 0.5).all()
+
+
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_faiss(monkeypatch, metric, exact):
@@ -204,6 +295,24 @@ def test_faiss_that_is_not_installed_is_asked_for(monkeypatch):
 def test_bad_input(arguments, message):
     with pytest.raises(FastpieError, match=message):
         nearest_neighbours(**{"features": features(0), **arguments})
+
+
+@pytest.mark.parametrize(
+    ("labels", "task", "message"),
+    [
+        (np.zeros(4), "multiclass", r"multiclass `labels` of shape \[97\] and numbers, but got \[4\]"),
+        (np.zeros(97), "multilabel", r"`labels` of shape \[97, C\] and numbers, but got \[97\]"),
+        (np.full((97, 2), 3.0), "multilabel", "of 1, 0 or NaN"),
+        (np.array(["a"] * 97), "multiclass", "numbers, but got"),
+        (np.zeros(97), "embedding", "`task` to be one of"),
+    ],
+)
+def test_bad_labels(labels, task, message):
+    x = features(0)
+    with pytest.raises(FastpieError, match=message):
+        label_conflict(x, labels, task=task)
+    with pytest.raises(FastpieError, match=message):
+        neighbour_agreement(nearest_neighbours(x, 2), labels, task=task)
 
 
 class Network(torch.nn.Module):

@@ -17,7 +17,7 @@ from fastpie.mining.result import MiningResult
 from fastpie.mining.run_folder import RunFolder
 
 __all__ = [
-    "Neighbours", "atypical", "label_conflict", "nearest_neighbours", "neighbour_agreement",
+    "Neighbours", "atypical", "known_labels", "label_conflict", "nearest_neighbours", "neighbour_agreement",
     "run_features",
 ]  # fmt: skip
 
@@ -182,7 +182,7 @@ def neighbour_agreement(
     Raises:
         FastpieError: for labels that do not fit.
     """
-    known, columns = _columns(labels, len(neighbours), task)
+    known, columns = known_labels(labels, len(neighbours), task)
     there = neighbours.indices >= 0
     mean = atypical(neighbours)[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -230,7 +230,7 @@ def label_conflict(
         FastpieError: as `nearest_neighbours`, and for labels that do not fit.
     """
     rows = _rows(features, k, metric)
-    known, columns = _columns(labels, len(rows), task)
+    known, columns = known_labels(labels, len(rows), task)
     pairs = [
         tuple(_label_view(rows, k, known[:, c], columns[:, c], same) for same in (True, False))
         for c in range(columns.shape[1])
@@ -254,23 +254,31 @@ def _label_view(rows: Rows, k: int, known: np.ndarray, labels: np.ndarray, same:
     return View(Nearest(len(rows), k), allowed)
 
 
-def _columns(labels: Any, samples: int, task: str) -> tuple[np.ndarray, np.ndarray]:
-    """Which labels are known, bool [N, C], and what they are; multiclass is one column."""
+def known_labels(
+    labels: Any, samples: int | None, task: str
+) -> tuple[np.ndarray, np.ndarray]:  # bool [N, C], [N, C]
+    """Which labels are known, and what they are; multiclass is one column.
+
+    Raises:
+        FastpieError: for an unknown task, or labels of another shape or no numbers.
+    """
     if task not in _TASKS:
         raise FastpieError(f"Expected `task` to be one of {_TASKS}, but got {task!r}.")
     array = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else labels
     array = np.asarray(array)
-    dimensions = 1 if task == "multiclass" else 2
-    if array.ndim != dimensions or len(array) != samples or array.dtype.kind not in "iufb":
-        shape = f"[{samples}]" if task == "multiclass" else f"[{samples}, C]"
+    fits = array.ndim == (1 if task == "multiclass" else 2)
+    if not fits or samples not in (None, len(array)) or array.dtype.kind not in "iufb":
+        rows = "N" if samples is None else samples
+        shape = f"[{rows}]" if task == "multiclass" else f"[{rows}, C]"
         raise FastpieError(
             f"Expected {task} `labels` of shape {shape} and numbers, but got {list(array.shape)} of "
             f"{array.dtype}."
         )
-    if task == "multiclass":
-        array = array[:, None]
-    known = ~np.isnan(array.astype(np.float64)) & (array >= 0)
-    return known, array
+    columns = array.astype(np.float64).reshape(len(array), -1)
+    known = columns >= 0  # not NaN
+    if task == "multilabel" and not ((columns == 0) | (columns == 1) | np.isnan(columns)).all():
+        raise FastpieError("Expected multilabel `labels` of 1, 0 or NaN (unknown), but got others.")
+    return known, columns
 
 
 def _mean(values: np.ndarray) -> np.ndarray:  # [N, k] -> [N]
