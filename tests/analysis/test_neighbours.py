@@ -300,7 +300,11 @@ def test_bad_input(arguments, message):
 @pytest.mark.parametrize(
     ("labels", "task", "message"),
     [
-        (np.zeros(4), "multiclass", r"multiclass `labels` of shape \[97\] and numbers, but got \[4\]"),
+        (
+            np.zeros(4),
+            "multiclass",
+            r"multiclass `labels` of shape \[97\] and numbers, but got \[4\]",
+        ),
         (np.zeros(97), "multilabel", r"`labels` of shape \[97, C\] and numbers, but got \[97\]"),
         (np.full((97, 2), 3.0), "multilabel", "of 1, 0 or NaN"),
         (np.array(["a"] * 97), "multiclass", "numbers, but got"),

@@ -292,7 +292,8 @@ def _mean_margins(
 def _levels_of_table(table: pa.Table) -> np.ndarray:
     levels = [n for n in table.column_names if n.startswith("margin_pruned@")]
     names = ["margin_dense", *(levels or ["margin_pruned"])]
-    mean: np.ndarray = np.mean([_column(table, name) for name in names], axis=0)
+    there = [_column(table, name) for name in names if name in table.column_names]
+    mean: np.ndarray = np.mean(there, axis=0)
     return mean
 
 
