@@ -11,9 +11,11 @@ from PIL import Image
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+import fastpie
 from fastpie import FastpieError
 from fastpie.analysis import image_quality
 from fastpie.analysis.duplicates import coefficients, first_alike
+from fastpie.data import ManifestDataset, Preprocessing
 
 COUNT, SIDE = 100, 64
 
@@ -214,6 +216,10 @@ def test_workers_give_the_same(scenes):
 def test_an_empty_or_unordered_data_set_is_refused():
     with pytest.raises(FastpieError, match="empty"):
         image_quality(Images([]))
+    with pytest.raises(
+        FastpieError, match="of 2 samples none can be measured; the first: OSError: no"
+    ):
+        image_quality(Images([OSError("no"), OSError("neither")]))
     with pytest.raises(FastpieError, match="map-style"):
         image_quality(Stream())
 
@@ -275,3 +281,50 @@ def test_coefficients_do_not_see_exposure_or_size():
     twice = np.repeat(np.repeat(image, 2, 0), 2, 1)
     np.testing.assert_allclose(coefficients(twice), expected, atol=1e-5)
     assert not coefficients(np.full((50, 70), 0.3, np.float32)).any()
+
+
+# ---------------------------------------------------------------------- of a run
+
+
+def test_the_samples_of_a_run_in_its_order(scenes, tmp_path):
+    """Also through a subset of another order; a sample that is not there any more has nulls."""
+    images = [*scenes[:20], OSError("gone"), scenes[3]]
+    data = Images(images, transform=lambda x: torch.from_numpy(x)[None] / 255)
+    data.sample_ids = [f"s{i:02d}" for i in reversed(range(22))]
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 3, 9, 8), torch.nn.Flatten(), torch.nn.Linear(147, 3)
+    )
+    dual = fastpie.DualModel(net, fastpie.prune(net, 0.5))
+    run = fastpie.mine(
+        dual, data, tmp_path, batch_size=11, backend="reference", recalibrate=False, progress=False
+    )
+    table = image_quality(data, run, progress=False)
+    assert table["sample_id"].equals(run.table["sample_id"])
+    assert len(table) == 21
+    assert table["brightness"].null_count == 0
+    row = data.sample_ids.index
+    for sample_id, brightness in zip(
+        *(table[c].to_pylist() for c in table.column_names[:2]), strict=True
+    ):
+        assert brightness == pytest.approx(images[row(sample_id)].mean() / 255)
+    # sample_id order: the copy, s00, comes before its original, s18
+    pairs = [(r["sample_id"], r["duplicate_of"]) for r in table.to_pylist() if r["duplicate_of"]]
+    assert pairs == [("s18", "s00")]
+    part = torch.utils.data.Subset(data, list(range(15))[::-1])
+    fewer = image_quality(part, run, progress=False)
+    assert fewer["brightness"].null_count == 21 - 15
+    with pytest.raises(FastpieError, match="names no sample ids"):
+        image_quality(Images(scenes[:5]), run)
+
+
+def test_a_manifest_is_measured_before_normalisation(scenes, tmp_path):
+    for i, image in enumerate(scenes[:12]):
+        Image.fromarray(image).save(tmp_path / f"{i:02d}.png")
+    rows = "".join(f"{i:02d}.png,{i % 2}\n" for i in range(12))
+    (tmp_path / "data.csv").write_text("path,label\n" + rows)
+    shown = Preprocessing(channels=3, mean=(0.4, 0.4, 0.4), std=(0.2, 0.2, 0.2))
+    table = image_quality(
+        ManifestDataset(tmp_path / "data.csv", labels="label", preprocessing=shown), progress=False
+    )
+    expected = [image.mean() / 255 for image in scenes[:12]]
+    assert table["brightness"].to_pylist() == pytest.approx(expected, abs=1e-3)

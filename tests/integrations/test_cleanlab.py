@@ -59,7 +59,9 @@ class Labelled(torch.utils.data.Dataset):
 
 def mined(path, labels, present, task="multiclass", models=1, **options):
     data = Labelled(images(present), labels)
-    duals = [fastpie.DualModel(net, fastpie.prune(net, [0.1, 0.3])) for net in map(Net, range(models))]
+    duals = [
+        fastpie.DualModel(net, fastpie.prune(net, [0.1, 0.3])) for net in map(Net, range(models))
+    ]
     return fastpie.mine(
         duals[0] if models == 1 else duals, data, path, task=task, batch_size=30, backend="reference",
         recalibrate=False, keep_logits=True, progress=False, **options,
@@ -77,7 +79,12 @@ def test_planted_wrong_labels_are_found(tmp_path):
     labels[wrong] = (labels[wrong] + 1) % CLASSES
     run = mined(tmp_path, labels.tolist(), [[c] for c in truth])
     table = issues(run)
-    assert list(table.columns) == ["is_label_issue", "label_quality", "given_label", "predicted_label"]
+    assert list(table.columns) == [
+        "is_label_issue",
+        "label_quality",
+        "given_label",
+        "predicted_label",
+    ]
     assert table.index.name == "sample_id"
     assert set(table.index[table.is_label_issue]) == {name(i) for i in wrong}
     assert set(table.sort_values("label_quality").index[:3]) == {name(i) for i in wrong}
@@ -94,12 +101,12 @@ def test_probabilities_are_those_of_the_run_by_model_and_level(tmp_path):
     assert ids == run.table["sample_id"].to_pylist()
     assert given.tolist() == run.table["label"].to_pylist()
     dense, pruned = zip(*(member.logits() for member in run.members), strict=True)
-    softmax = lambda x: torch.from_numpy(x).double().softmax(-1).numpy()  # noqa: E731
+    softmax = lambda x: torch.from_numpy(x).double().softmax(-1).numpy()
     np.testing.assert_allclose(probabilities, np.mean([softmax(x) for x in dense], 0))
     at = to_cleanlab(run, 0.3)[1]
     np.testing.assert_allclose(at, np.mean([softmax(x[1]) for x in pruned], 0))
     assert not np.allclose(at, probabilities)
-    with pytest.raises(FastpieError, match="0.25"):
+    with pytest.raises(FastpieError, match=r"0\.25"):
         to_cleanlab(run, 0.25)
 
 

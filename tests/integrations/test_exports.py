@@ -24,7 +24,7 @@ IDS += [f"s{i}" for i in range(20)]
 
 class Data(torch.utils.data.Dataset):
     sample_ids = IDS
-    paths = [f"/data/{i}.png" for i in range(len(IDS))]
+    paths = tuple(f"/data/{i}.png" for i in range(len(IDS)))
 
     def __len__(self):
         return len(IDS)

@@ -184,7 +184,9 @@ def test_several_labels_and_a_single_level(fo, tmp_path):
         labels = [c.label for c in sample["ground_truth"].classifications]
         assert labels == (["a", "b"] if odd else ["a"])
     scores = {s["sample_id"]: s["js"] for s in made}
-    assert scores == dict(zip(*(run.table[c].to_pylist() for c in ("sample_id", "js")), strict=True))
+    assert scores == dict(
+        zip(*(run.table[c].to_pylist() for c in ("sample_id", "js")), strict=True)
+    )
 
 
 def test_files_that_nobody_names(fo, tmp_path):

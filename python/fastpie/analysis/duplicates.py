@@ -143,4 +143,5 @@ def _differing(one: np.ndarray, other: np.ndarray) -> np.ndarray:  # uint64 [n] 
     x = one ^ other
     for shift, mask in ((1, 0x5555555555555555), (2, 0x3333333333333333), (4, 0x0F0F0F0F0F0F0F0F)):
         x = (x & np.uint64(mask)) + ((x >> np.uint64(shift)) & np.uint64(mask))
-    return (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    counts: np.ndarray = (x * np.uint64(0x0101010101010101)) >> np.uint64(56)
+    return counts

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from fastpie._extras import load_extra
 from fastpie.analysis.duplicates import COEFFICIENTS, coefficients, first_alike
 from fastpie.errors import FastpieError
+from fastpie.mining.batching import reason_of
 from fastpie.mining.places import places_of
 from fastpie.mining.plan import Plan, ids_of, known_sample_ids, text_id
 from fastpie.mining.reading import Reader, Sample
@@ -102,7 +103,7 @@ def image_quality(
 
     Raises:
         FastpieError: for an iterable-style data set, ids that are not unique, a run of another data
-            set, or if SciPy (`fastpie[analysis]`) is not installed.
+            set, no image that can be measured, or if SciPy (`fastpie[analysis]`) is not installed.
     """
     load_extra("scipy.ndimage", "analysis", "the sharpness of images")  # or every image would fail
     reader = Reader(data, num_workers=num_workers, read_timeout=read_timeout)
@@ -130,15 +131,23 @@ def _measured(
     there = np.flatnonzero(places >= 0)
     hidden = None if progress is None else not progress
     bar = tqdm(total=len(there), desc="images", unit="img", disable=hidden, leave=False)
+    first_reason = ""
     with bar:
-        for row, found in zip(there, reader.map(_measure, places[there]), strict=True):
-            if found is not None:
-                sample_id, facts = found
+        found = reader.map(_measure, places[there].tolist())
+        for row, (result, reason) in zip(there, found, strict=True):
+            if reason is None:
+                sample_id, facts, reason = result
                 if sample_id is not None:
                     named[int(row)] = sample_id
                 if facts is not None:
                     measures[row] = facts
+            first_reason = first_reason or reason or ""
             bar.update()
+    if len(there) and not measures["read"].any():
+        raise FastpieError(
+            f"Expected images, but of {len(there)} samples none can be measured; the first: "
+            f"{first_reason}"
+        )
     return measures, named
 
 
@@ -153,13 +162,13 @@ def _names(measures: np.ndarray, named: dict[int, str]) -> list[str]:
 # ---------------------------------------------------------------------- one image
 
 
-def _measure(sample: Sample) -> tuple[str | None, tuple[Any, ...] | None]:
-    """The id in the item, and what is kept of its image, as in `_MEASURES`; None of a bad image."""
+def _measure(sample: Sample) -> tuple[str | None, tuple[Any, ...] | None, str | None]:
+    """The id in the item; what is kept of its image, as in `_MEASURES`; why nothing is."""
     sample_id = None if sample.sample_id is None else text_id(sample.sample_id)
     try:
-        return sample_id, _facts(sample.image)
-    except (FastpieError, TypeError, ValueError):  # arrays of objects, say
-        return sample_id, None
+        return sample_id, _facts(sample.image), None
+    except (FastpieError, TypeError, ValueError) as error:  # arrays of objects, say
+        return sample_id, None, reason_of(error)
 
 
 def _facts(image: Any) -> tuple[Any, ...]:
@@ -268,7 +277,8 @@ def _range(dtype: np.dtype[Any], measures: np.ndarray) -> tuple[float, float]:
 def _blank(contrast: np.ndarray) -> np.ndarray:  # bool [N]
     """NaN is not."""
     usual = np.median(contrast[contrast > 0]) if (contrast > 0).any() else 0.0
-    return (contrast == 0) | ((contrast <= _FLAT) & (contrast <= _BLANK * usual))
+    blank: np.ndarray = (contrast == 0) | ((contrast <= _FLAT) & (contrast <= _BLANK * usual))
+    return blank
 
 
 def _outliers(

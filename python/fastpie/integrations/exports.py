@@ -115,13 +115,7 @@ def _chosen(
         )
     columns = ["sample_id", *(name for name in columns if name != "sample_id")]
     of_run = [name for name in columns if name in schema.names]
-    wanted, batches, at = np.sort(rows), [], 0
-    for batch in run.scan(of_run):
-        inside = wanted[slice(*np.searchsorted(wanted, (at, at + len(batch))))]
-        batches.append(batch.take(pa.array(inside - at)))
-        at += len(batch)
-    table = pa.Table.from_batches(batches, pa.schema([schema.field(n) for n in of_run]))
-    table = table.take(pa.array(np.searchsorted(wanted, rows)))
+    table = run.take(rows, of_run)
     paths = paths_of(run, table["sample_id"], dataset)
     table = table.add_column(1, pa.field("file_name", paths.type), paths)
     if analysis is not None:

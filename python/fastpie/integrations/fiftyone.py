@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -90,19 +91,18 @@ def to_fiftyone(
     return made
 
 
-def _with_others(
-    table: pa.Table, manifest: pa.Table | None, analysis: Analysis | None
-) -> pa.Table:
+def _with_others(table: pa.Table, manifest: pa.Table | None, analysis: Analysis | None) -> pa.Table:
     """The table of a run with the columns of its analysis and manifest."""
     ids = table["sample_id"].cast(pa.large_string())
-    others = [(None if analysis is None else analysis.samples, None)]
-    others += [(manifest, ("group", "split", "sex", "age", "view", "site"))]
-    for other, wanted in others:
-        if other is None:
-            continue
+    others: list[pa.Table] = [] if analysis is None else [analysis.samples]
+    if manifest is not None:
+        attributes = ("group", "split", "sex", "age", "view", "site")
+        kept = [name for name in attributes if name in manifest.column_names]
+        others.append(manifest.select(["sample_id", *kept]))
+    for other in others:
         rows = pc.index_in(ids, value_set=other["sample_id"].cast(pa.large_string()))
         for column in other.column_names:
-            if column not in table.column_names and (wanted is None or column in wanted):
+            if column not in table.column_names:
                 table = table.append_column(column, other[column].take(rows))
     return table
 
@@ -123,7 +123,9 @@ def _samples(
             elif label is not None and label >= 0:
                 fields["ground_truth"] = _classification(fo, label, class_names)
             for column, value in row.items():
-                if value is None or isinstance(value, list) or value != value:  # NaN
+                if value is None or isinstance(value, list):
+                    continue
+                if isinstance(value, float) and math.isnan(value):
                     continue
                 if column.startswith(_PREDICTIONS):
                     value = _classification(fo, value, class_names)

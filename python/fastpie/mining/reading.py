@@ -174,8 +174,11 @@ class Reader:
         )
 
     def map(
-        self, function: Callable[[Sample], Any], indices: Sequence[int], chunk: int = 32
-    ) -> Iterator[Any]:
+        self,
+        function: Callable[[Sample], Any],
+        indices: Sequence[int],
+        chunk: int = 32,
+    ) -> Iterator[tuple[Any, str | None]]:
         """A function of single samples, in the processes that read them, in order.
 
         For what is small beside an image: the images themselves do not travel.
@@ -187,7 +190,8 @@ class Reader:
             chunk: samples that a process is handed at a time.
 
         Yields:
-            A result for each index; None if the sample cannot be read or the function raises.
+            `(result, None)` for each index; `(None, reason)` of a sample that cannot be read or of
+            which the function raises.
 
         Raises:
             FastpieError: as `read`.
@@ -256,14 +260,14 @@ class _Function:
         self.function = function
         self.raw = raw
 
-    def read(self, index: int) -> Any:
+    def read(self, index: int) -> tuple[Any, str | None]:
         try:
-            return self.function(parse_item(_item(self.dataset, int(index), self.raw)))
-        except Exception:  # a data set is anybody's code
-            return None
+            return self.function(parse_item(_item(self.dataset, int(index), self.raw))), None
+        except Exception as error:  # a data set is anybody's code
+            return None, _reason(error)
 
-    def lost(self, index: int, reason: str) -> None:
-        return None
+    def lost(self, index: int, reason: str) -> tuple[Any, str | None]:
+        return None, reason
 
     def batch(self, reads: list[Any]) -> list[Any]:
         return reads
