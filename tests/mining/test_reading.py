@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from fastpie import FastpieError
 from fastpie.mining.plan import Plan
 from fastpie.mining.reading import Batch, Kind, Reader, Sample, parse_item, path_of, shapes_of
+from hostile_data import Hostile
 
 Case = namedtuple("Case", ["image", "label", "sample_id"])
 
@@ -462,3 +463,40 @@ def test_no_path_where_the_data_set_holds_tensors(samples: Any) -> None:
     data = samples([])
     data.samples = [(torch.ones(1, 8, 8), 0)]
     assert path_of(data, 0) is None
+
+
+# ---------------------------------------------------------------------- single samples
+
+
+def total(sample: Sample) -> float:
+    return float(sample.image.sum())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_function_of_single_samples(
+    workers: int, samples: Any, images: Callable[..., Tensor]
+) -> None:
+    x = images(7)
+    items: list[Any] = [(image, i) for i, image in enumerate(x)]
+    items[1], items[4] = OSError("gone"), ("no image", 0)
+    reader = Reader(samples(items), num_workers=workers)
+    found = list(reader.map(total, [6, 1, 4, 0, 2], chunk=2))
+    assert [value for value, reason in found if reason is None] == [
+        float(x[i].sum()) for i in (6, 0, 2)
+    ]
+    assert found[1] == (None, "OSError: gone")
+    assert found[2][0] is None
+    assert "AttributeError" in found[2][1]
+
+
+def test_a_function_of_raw_samples() -> None:
+    data = Raw(eight_bits(5))
+    found = list(Reader(Subset(data, [4, 2])).map(total, [0, 1]))
+    assert found == [(float(data.raw(i)[0].sum()), None) for i in (4, 2)]
+
+
+def test_a_function_of_samples_that_end_their_process(tmp_path: Any) -> None:
+    reader = Reader(Hostile(4, {2: "exit"}), num_workers=1)
+    found = list(reader.map(total, range(4)))
+    assert [reason is None for _, reason in found] == [True, True, False, True]
+    assert found[2][1] == "The process that read it ended with exit code 3."

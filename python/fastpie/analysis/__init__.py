@@ -2,5 +2,6 @@
 
 from fastpie.analysis.analysis import Analysis
 from fastpie.analysis.predictions import Predictions
+from fastpie.analysis.quality import image_quality
 
-__all__ = ["Analysis", "Predictions"]
+__all__ = ["Analysis", "Predictions", "image_quality"]

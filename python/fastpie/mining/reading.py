@@ -173,6 +173,34 @@ class Reader:
             **self._options,
         )
 
+    def map(
+        self,
+        function: Callable[[Sample], Any],
+        indices: Sequence[int],
+        chunk: int = 32,
+    ) -> Iterator[tuple[Any, str | None]]:
+        """A function of single samples, in the processes that read them, in order.
+
+        For what is small beside an image: the images themselves do not travel.
+
+        Args:
+            function: of a sample, raw where the data set can be read raw. Processes that are started
+                afresh need one that can be pickled.
+            indices: of the samples in the data set.
+            chunk: samples that a process is handed at a time.
+
+        Yields:
+            `(result, None)` for each index; `(None, reason)` of a sample that cannot be read or of
+            which the function raises.
+
+        Raises:
+            FastpieError: as `read`.
+        """
+        job = _Function(self.dataset, function, raw=_reads_raw(self.dataset))
+        tasks = (indices[i : i + chunk] for i in range(0, len(indices), chunk))
+        for results in load(job, tasks, **self._options):
+            yield from results
+
     def normalize(self, images: Any) -> Any:
         """The model's input from the images of a batch, on whatever device they are."""
         if not self.raw:
@@ -210,7 +238,7 @@ class _Slots:
     def read(self, slot: tuple[int, int, str | None]) -> tuple[int, Any, Problem | None]:
         position, index, expected = slot
         try:
-            item = self._item(index)
+            item = _item(self.dataset, index, self.raw)
             sample_id = parse_item(item).sample_id
         except Exception as error:
             return position, None, Problem(position, "read", _reason(error))
@@ -225,13 +253,32 @@ class _Slots:
     ) -> tuple[int, Any, Problem | None]:
         return slot[0], None, Problem(slot[0], "read", reason)
 
-    def _item(self, index: int) -> Any:
-        dataset: Any = self.dataset
-        if not self.raw:
-            return dataset[index]
-        while type(dataset) is Subset:
-            dataset, index = dataset.dataset, int(dataset.indices[index])
-        return dataset.raw(index)
+
+class _Function:
+    def __init__(self, dataset: Any, function: Callable[[Sample], Any], *, raw: bool) -> None:
+        self.dataset = dataset
+        self.function = function
+        self.raw = raw
+
+    def read(self, index: int) -> tuple[Any, str | None]:
+        try:
+            return self.function(parse_item(_item(self.dataset, int(index), self.raw))), None
+        except Exception as error:  # a data set is anybody's code
+            return None, _reason(error)
+
+    def lost(self, index: int, reason: str) -> tuple[Any, str | None]:
+        return None, reason
+
+    def batch(self, reads: list[Any]) -> list[Any]:
+        return reads
+
+
+def _item(dataset: Any, index: int, raw: bool) -> Any:
+    if not raw:
+        return dataset[index]
+    while type(dataset) is Subset:
+        dataset, index = dataset.dataset, int(dataset.indices[index])
+    return dataset.raw(index)
 
 
 def _below_subsets(dataset: Any) -> Any:

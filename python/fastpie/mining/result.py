@@ -86,6 +86,39 @@ class MiningResult:
             f"MiningResult({self.location!r}, {len(self)} samples, {self.errors.num_rows} errors)"
         )
 
+    def _repr_html_(self) -> str:
+        """The run in a few lines, for a notebook."""
+        from fastpie.report.sheet import summary_html  # see `show`
+
+        return summary_html(self)
+
+    def show(
+        self,
+        n: int = 24,
+        by: str = "hardness",
+        dataset: Any = None,
+        class_names: Sequence[str] | None = None,
+    ) -> Any:
+        """The hardest samples at a glance, for a notebook: pictures with what the run says of them.
+
+        Args:
+            n: how many samples.
+            by: see `select`.
+            dataset: the data set of the run, for the pictures; without it there are the facts alone.
+            class_names: in index order; by default the data set's, else the index is the name.
+
+        Returns:
+            A `fastpie.report.sheet.Sheet`, which a notebook shows as a grid and a terminal as lines.
+
+        Raises:
+            FastpieError: for an unknown column or a negative `n`.
+        """
+        # The report stands above this layer and imports it; who mines needs no report, so it is
+        # imported by those who look, and when they look.
+        from fastpie.report.sheet import sheet_of
+
+        return sheet_of(self, n, by, dataset, class_names)
+
     @functools.cached_property
     def table(self) -> pa.Table:
         """One row per scored sample, in sample_id order; see `fastpie.disagreement` for scores."""
@@ -220,6 +253,30 @@ class MiningResult:
             found[: len(members)] += members
             members = found
         return np.maximum(1, (fraction * members).astype(np.int64))
+
+    def take(
+        self,
+        rows: np.ndarray,  # int64 [n] of `table`
+        columns: Sequence[str] | None = None,
+    ) -> pa.Table:
+        """Some rows of `table` in the order asked for; the others pass by as a stream.
+
+        Args:
+            rows: such as `select_rows` gives.
+            columns: to read; None for all.
+
+        Raises:
+            FastpieError: for an unknown column.
+        """
+        wanted, order = np.unique(rows, return_inverse=True)
+        names = self._parts.schema.names if columns is None else list(columns)
+        batches, at = [], 0
+        for batch in self.scan(names):
+            inside = wanted[slice(*np.searchsorted(wanted, (at, at + batch.num_rows)))]
+            batches.append(batch.take(pa.array(inside - at)))
+            at += batch.num_rows
+        schema = pa.schema([self._parts.schema.field(name) for name in names])
+        return pa.Table.from_batches(batches, schema).take(pa.array(order))
 
     def quantiles(
         self, q: float | Sequence[float], by: str = "hardness", per: str | None = None
