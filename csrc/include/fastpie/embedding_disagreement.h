@@ -1,19 +1,16 @@
 // embedding_disagreement: drift, the distance of two models' embeddings after each is scaled to
 // length 1 (D of PreFIQs, arXiv 2605.13396), row by row.
 //
-//   dense   [rows, size]           element (n, i)    at n * dense_strides[0] + i * dense_strides[1]
-//   pruned  [levels, rows, size]   element (l, n, i) at l * pruned_strides[0]
-//                                                      + n * pruned_strides[1] + i *
-//                                                      pruned_strides[2]
+//   dense   [rows, size]           strides as in `dense_strides`
+//   pruned  [levels, rows, size]   strides as in `pruned_strides`
 //   out     fp32 [levels, rows] contiguous; every element is written
 //
-//   out(l, n) = || dense(n) / max(||dense(n)||, 1e-12) - pruned(l, n) / max(||pruned(l, n)||,
-//   1e-12) ||
+//   out = || z / max(||z||, 1e-12) - y / max(||y||, 1e-12) ||, z a row of dense and y of pruned
 //
-// in [0, 2]; 1e-12 is that of torch.nn.functional.normalize. A row with NaN or an infinity in
-// either model gives NaN; equal rows, and rows of no elements, exactly 0. All arithmetic is fp64,
-// on the GPU too: no square over- or underflows, and a drift of 1e-7 is told as exactly as one
-// of 1.
+// in [0, 2]; 1e-12 is that of torch.nn.functional.normalize. Strides count elements and may be
+// anything. A row with NaN or an infinity in either model gives NaN; equal rows, and rows of no
+// elements, exactly 0. All arithmetic is fp64, on the GPU too: no square over- or underflows, and a
+// drift of 1e-7 is told as exactly as one of 1.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +31,7 @@ struct EmbeddingDisagreementArgs {
   std::int64_t pruned_strides[3];
 };
 
-// Below this length a row is not scaled to 1 but by its reciprocal, as torch does.
+// Rows shorter than this are scaled by its reciprocal.
 constexpr double kShortestEmbedding = 1e-12;
 
 namespace cpu {

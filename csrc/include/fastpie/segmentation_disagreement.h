@@ -6,13 +6,12 @@
 //   partials  [levels, images, iou_chunks(pixels)], any content; overwritten
 //   out       fp32 [kIouCount, levels, images] contiguous; every element is written
 //
-// Strides count elements and may be anything, 0 and what no vector load likes among them; the last
-// is the one from pixel to pixel, and 1 is the fast one. With `dense` p and `pruned` q:
+// Strides count elements and may be anything, 0 too; the last is the one from pixel to pixel, and 1
+// is the fast one. With p the probabilities of the dense model and q those of the pruned one:
 //
-//   classes == 1   one probability a pixel, the sigmoid of the logit; foreground where the logit >
-//   0 classes >= 2   softmax over the classes, of which class 0 is the background; a pixel belongs
-//   to
-//                  the first of its largest logits
+//   classes == 1   one probability a pixel, the sigmoid of the logit; foreground is a logit above 0
+//   classes >= 2   softmax over the classes, of which class 0 is the background; a pixel belongs
+//                  to the first of its largest logits
 //   kIou           pixels that both give to the same foreground class, over the sum of what the
 //                  classes cover in either model; 1 where both predict background alone
 //   kIouSoft       sum of min(p, q) over sum of max(p, q), over all pixels and foreground classes
