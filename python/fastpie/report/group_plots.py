@@ -123,7 +123,7 @@ def plot_comparisons(table: pa.Table, *, ax: Axes | None = None) -> tuple[Figure
         ax: to draw on; by default a new figure.
     """
     first, second = table.column("a").to_pylist(), table.column("b").to_pylist()
-    names = list(dict.fromkeys([*first, *second]))[:_MOST_NAMES]
+    names = _in_order(first + second)[:_MOST_NAMES]
     value = numbers(table, "jaccard")
     matrix = np.full((len(names), len(names)), np.nan)
     for a, b, v in zip(first, second, value, strict=True):
@@ -203,6 +203,15 @@ def plot_quadrants(samples: pa.Table, *, ax: Axes | None = None) -> tuple[Figure
         ax.legend(frameon=False, fontsize=8.5)
     ax.set(xlabel="hardness", ylabel="label in doubt")
     return fig, ax
+
+
+def _in_order(names: list[Any]) -> list[Any]:
+    """Each once: levels by their number, other names as they come."""
+    once = list(dict.fromkeys(names))
+    try:
+        return sorted(once, key=float)
+    except (TypeError, ValueError):
+        return once
 
 
 def _bars(

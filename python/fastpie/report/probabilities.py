@@ -44,7 +44,10 @@ def probabilities(
     members = result.members or [result]
     if all(m.record["config"].get("keep_logits") for m in members):
         if _too_many(members, len(columns.sparsities)):
-            note = "Probabilities are left out: the run keeps too many logits to be read here."
+            note = (
+                "Probabilities of all classes are left out: the run's logits are too many, or too far "
+                "away, to be read here."
+            )
             return _of_losses(some, task), note
         values = np.mean([_of_logits(m, some, task) for m in members], axis=0)
         return _most_interesting(values, some), ""
@@ -56,6 +59,8 @@ def probabilities(
 def _too_many(members: list[MiningResult], levels: int) -> bool:
     count = 0
     for member in members:
+        if "://" in member.location:
+            return True
         part = next((member.path / "logits").glob("part-*.parquet"), None)
         if part is not None:
             size = pq.read_schema(part).field("dense").type.list_size
