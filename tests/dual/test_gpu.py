@@ -24,6 +24,7 @@ from dual_cases import relative_error
 from fake_gpu import FakeDevice, families, launch_twin
 from fastpie import DualModel, FastpieError
 from fastpie.dual import tuning
+from fastpie.dual.committee import Committee
 from fastpie.dual.gpu import available
 from fastpie.dual.gpu.sparse24 import SparseTensorCores
 from fastpie.ops.sparse24 import Sparse24
@@ -374,6 +375,16 @@ def test_features(gpu: FakeDevice) -> None:
     out, want = dual.compile(x, backend="cuda")(x), dual(x)
     assert out.features is not None
     assert relative_error(tuple(out.features), tuple(want.features)) < 1e-5
+
+
+def test_copies_with_weights_of_their_own(form: str) -> None:
+    """Kernels that hold one tensor of weights for all models must not run here."""
+    model, (x,) = RESIDUAL.build().eval(), RESIDUAL.inputs(4)
+    committee = Committee(model, copies=3)
+    engine = committee.compile(x, backend="cuda")
+    assert relative_error(tuple(engine(x)[:2]), tuple(committee(x)[:2])) < 1e-5
+    refused = [row for row in engine.report() if row.get("refused")]
+    assert refused == []
 
 
 def test_what_cannot_be_captured_says_so(gpu: FakeDevice) -> None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 __all__ = ["NOTE", "open_data"]
 
 NOTE = "fastpie.cli"
-"""In run.json's `note`: how the command line opened the data."""
+"""In run.json's `note`: how the command line opened the data (`data`) and the model (`model`)."""
 
 
 def open_data(source: dict[str, Any]) -> ManifestDataset:

@@ -124,7 +124,11 @@ def mine(
         float | None, typer.Option(help="GiB that the cache may take on the disk.")
     ] = None,
     features: Annotated[
-        str, typer.Option(help="Module whose output to compare as an embedding.")
+        str,
+        typer.Option(
+            help="Module whose output to compare as an embedding; behind it :input for what goes into "
+            "it; penultimate: what goes into the last linear layer."
+        ),
     ] = "",
     batch_size: Annotated[int, typer.Option(help="Images in a pass.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that read images.")] = 0,
@@ -133,8 +137,16 @@ def mine(
     ] = 300.0,
     keep_logits: Annotated[bool, typer.Option(help="Write the logits beside the scores.")] = False,
     keep_features: Annotated[
-        bool, typer.Option(help="Write the features beside the scores.")
+        bool,
+        typer.Option(help="Write the features beside the scores; by default the penultimate ones."),
     ] = False,
+    committee: Annotated[
+        int,
+        typer.Option(
+            help="So many copies of the model with noise on their weights score each image too, as many "
+            "dense passes more; 6 is a good number."
+        ),
+    ] = 0,
     recalibrate: Annotated[
         bool, typer.Option(help="BatchNorm statistics for the pruned model.")
     ] = True,
@@ -166,6 +178,7 @@ def mine(
 ) -> None:
     """Score every image and write the table of the hardest."""
     import fastpie
+    from fastpie.dual.features import PENULTIMATE
     from fastpie.mining.preflight import preflight
 
     source = {
@@ -195,6 +208,8 @@ def mine(
     }
     stretch = _stretch(shard)
     with _torchrun(device) as (rank, place):
+        if keep_features and not features:
+            features = PENULTIMATE
         duals = _duals(model, model_args, weights or [], unpickle, masks, sparsity, features, place)
         dataset = open_data(source)
         task_value = dataset.manifest.task or "multiclass"
@@ -213,13 +228,24 @@ def mine(
             recalibrate=recalibrate,
             keep_logits=keep_logits,
             keep_features=keep_features,
+            committee=committee,
             precision=precision.value,
             models_at_once=models_at_once,
             limit=limit,
             shard=stretch,
             retry_errors=retry_errors,
             log=None if log is None else log.value,
-            note={NOTE: {"data": source, "preflight": check}},
+            note={
+                NOTE: {
+                    "data": source,
+                    "model": {
+                        "factory": model,
+                        "arguments": model_args,
+                        "weights": [str(path.resolve()) for path in weights or []],
+                    },
+                    "preflight": check,
+                }
+            },
         )
         if rank == 0:
             written = _write_report(result, dataset) if report else None

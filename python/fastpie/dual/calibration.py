@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,15 @@ from fastpie.errors import FastpieError
 if TYPE_CHECKING:
     from fastpie.dual.model import DualModel
 
-__all__ = ["affected_layers", "recalibrate", "statistics_of"]
+__all__ = [
+    "Calibration",
+    "affected_layers",
+    "calibration_of",
+    "calibration_of_all",
+    "statistics_of",
+]
+
+State = Callable[[], dict[str, Tensor]]
 
 
 def statistics_of(model: nn.Module) -> dict[str, Tensor]:
@@ -64,51 +73,109 @@ class _Moments:
         self.count = total
 
 
-def recalibrate(dual: DualModel, batches: Iterable[Any]) -> None:
-    """Recalibrate every level of `dual` in one pass over `batches`; see DualModel.recalibrate."""
-    levels = range(len(dual.sparsities))
-    affected: list[set[str]] | None = None
-    moments: list[dict[str, _Moments]] = [{} for _ in levels]
-    with torch.no_grad(), _eval_mode(dual.model):
-        for batch in batches:
-            args = inputs.of_batch(batch)
-            if inputs.batch_size(args) == 0:
-                continue
-            if affected is None:
-                affected = [affected_layers(dual, args, level) for level in levels]
-            if not any(affected):
-                break
-            for level in levels:
-                if affected[level]:
-                    _observe(dual, args, level, affected[level], moments[level])
-        if affected is None:
+class Calibration:
+    """Recalibrates models of one module tree from data that come batch by batch.
+
+    Each layer normalises a batch by that batch's own statistics, and its pooled ones over all batches
+    replace what it had. Nothing changes before `finish`.
+    """
+
+    def __init__(
+        self,
+        dual: DualModel,
+        targets: Sequence[tuple[State, dict[str, Tensor]]],
+        layers: Callable[[tuple[Any, ...]], list[set[str]]],
+    ) -> None:
+        """Nothing is run yet.
+
+        Args:
+            dual: holds the module tree.
+            targets: of each model, what makes its state (`DualModel.pruned_state`), and its
+                statistics by name, to be replaced.
+            layers: of the first batch's arguments, the BatchNorm layers of each model to recalibrate.
+        """
+        self._dual = dual
+        self._targets = targets
+        self._layers = layers
+        self._chosen: list[set[str]] | None = None
+        self._moments: list[dict[str, _Moments]] = [{} for _ in targets]
+
+    @property
+    def idle(self) -> bool:
+        """Whether further batches change nothing, as no layer is to be recalibrated."""
+        return self._chosen is not None and not any(self._chosen)
+
+    def add(self, batch: Any) -> None:
+        """Account for a batch; see DualModel.recalibrate."""
+        args = inputs.of_batch(batch)
+        if inputs.batch_size(args) == 0:
+            return
+        with torch.no_grad(), _eval_mode(self._dual.model):
+            if self._chosen is None:
+                self._chosen = self._layers(args)
+            for (state, _), layers, moments in zip(
+                self._targets, self._chosen, self._moments, strict=True
+            ):
+                if layers:
+                    _observe(self._dual, args, state(), layers, moments)
+
+    def finish(self) -> None:
+        """Replace the statistics: of all models, or of none if one is not finite."""
+        if self._chosen is None:
             raise FastpieError("Expected batches to recalibrate from, but there are none.")
-        dense = statistics_of(dual.model)
-        replacements = []
-        for level in levels:
-            fresh = {name: value.clone() for name, value in dense.items()}
-            for layer, m in moments[level].items():
-                if not (m.mean.isfinite().all() and m.m2.isfinite().all()):
-                    raise FastpieError(
-                        f"Expected finite inputs of {layer!r} while recalibrating, but the data "
-                        "give NaN or infinite statistics."
-                    )
-                prefix = f"{layer}." if layer else ""
-                fresh[f"{prefix}running_mean"] = m.mean
-                fresh[f"{prefix}running_var"] = m.m2 / max(m.count - 1, 1)
-            replacements.append(fresh)
-        for level, fresh in enumerate(replacements):  # all of them, or none if one is not finite
-            own = dual.statistics(level)
-            for name, value in fresh.items():
-                own[name].copy_(value)
+        with torch.no_grad():
+            dense = statistics_of(self._dual.model)
+            replacements = []
+            for moments in self._moments:
+                fresh = {name: value.clone() for name, value in dense.items()}
+                for layer, m in moments.items():
+                    if not (m.mean.isfinite().all() and m.m2.isfinite().all()):
+                        raise FastpieError(
+                            f"Expected finite inputs of {layer!r} while recalibrating, but the data "
+                            "give NaN or infinite statistics."
+                        )
+                    prefix = f"{layer}." if layer else ""
+                    fresh[f"{prefix}running_mean"] = m.mean
+                    fresh[f"{prefix}running_var"] = m.m2 / max(m.count - 1, 1)
+                replacements.append(fresh)
+            for (_, own), fresh in zip(self._targets, replacements, strict=True):
+                for name, value in fresh.items():
+                    own[name].copy_(value)
+
+
+def calibration_of(dual: DualModel) -> Calibration:
+    """Of the pruned model at every level, in the layers with a removed weight upstream."""
+    levels = range(len(dual.sparsities))
+    return Calibration(
+        dual,
+        [(partial(dual.pruned_state, level), dual.statistics(level)) for level in levels],
+        lambda args: [affected_layers(dual, args, level) for level in levels],
+    )
+
+
+def calibration_of_all(dual: DualModel) -> Calibration:
+    """Of every model, the one called dense too, in every layer."""
+    levels = range(len(dual.sparsities))
+    layers = set(_batch_norms(dual.model))
+    return Calibration(
+        dual,
+        [
+            (dict, statistics_of(dual.model)),
+            *((partial(dual.pruned_state, level), dual.statistics(level)) for level in levels),
+        ],
+        lambda args: [layers] * (1 + len(levels)),
+    )
 
 
 def _observe(
-    dual: DualModel, args: tuple[Any, ...], level: int, layers: set[str], into: dict[str, _Moments]
+    dual: DualModel,
+    args: tuple[Any, ...],
+    state: dict[str, Tensor],
+    layers: set[str],
+    into: dict[str, _Moments],
 ) -> None:
-    """Run the pruned model once; each of `layers` normalises by the batch and is accounted."""
-    state = dual.pruned_state(level)
-    state.update({name: value.clone() for name, value in statistics_of(dual.model).items()})
+    """Run a model once; each of `layers` normalises by the batch and is accounted."""
+    state = {**state, **{name: t.clone() for name, t in statistics_of(dual.model).items()}}
     modules = {name: m for name, m in _batch_norms(dual.model).items() if name in layers}
 
     def account(name: str, x: Tensor) -> None:

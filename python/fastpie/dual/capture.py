@@ -29,6 +29,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from fastpie.dual.features import check_features, watched
 from fastpie.dual.fusion import PADS, Facts, bind, fuse, sizes_of
 from fastpie.dual.inputs import batch_size
 from fastpie.dual.program import (
@@ -73,7 +74,8 @@ def capture(
         args: example of its positional arguments. Dimension 0 is the batch in every tensor whose
             first size is that of the first tensor; all other sizes hold as they are here, and so do
             arguments that are no tensors.
-        feature_module: name of a submodule whose output to keep as `Program.feature`.
+        feature_module: name of a submodule whose output (with ":input", whose input) to keep as
+            `Program.feature`.
 
     Returns:
         Program, checked against the model at batch 1, where torch.export looks away (it takes every
@@ -84,13 +86,8 @@ def capture(
         FastpieError: for no tensor among `args`, or a feature module that is not called exactly
             once.
     """
-    if feature_module is not None and feature_module not in dict(
-        model.named_modules(remove_duplicate=False)
-    ):
-        raise FastpieError(
-            f"Expected `feature_module` to name a module of {type(model).__name__}, but it has no "
-            f"module {feature_module!r}."
-        )
+    if feature_module is not None:
+        check_features(model, feature_module)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise CaptureError("Expected a model in Python, but it holds a torch.jit.ScriptModule.")
     batch = batch_size(args)
@@ -191,20 +188,11 @@ class _Flat(nn.Module):
         return tuple(leaf for leaf in leaves if isinstance(leaf, symbolic))
 
     def call(self, args: Any) -> tuple[Any, list[Any]]:
-        """The model's output, and what the feature module returned in each of its calls."""
-        seen: list[Any] = []
+        """The model's output, and its features in each call of their module."""
         if self.feature_module is None:
+            return self.model(*args), []
+        with watched(self.model, self.feature_module) as seen:
             return self.model(*args), seen
-        handle = self.model.get_submodule(self.feature_module).register_forward_hook(
-            # A copy, or a later operation in place (ReLU) would show in the feature.
-            lambda module, inputs, output: seen.append(
-                pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
-            )
-        )
-        try:
-            return self.model(*args), seen
-        finally:
-            handle.remove()
 
 
 def _export(

@@ -17,12 +17,13 @@ from torch.utils import _pytree as pytree
 
 from fastpie.dual import calibration
 from fastpie.dual.engine import DualEngine
+from fastpie.dual.features import features_of, watched
 from fastpie.dual.inputs import as_arguments, random_state
 from fastpie.dual.output import DualOutput, Features
 from fastpie.errors import FastpieError
 from fastpie.pruning.masks import Masks
 
-__all__ = ["DualModel"]
+__all__ = ["Buffers", "DualModel"]
 
 
 class DualModel(nn.Module):
@@ -45,7 +46,8 @@ class DualModel(nn.Module):
 
     Attributes:
         model: the module given, unchanged.
-        feature_module: name of the module whose output is returned as `features`, or None.
+        feature_module: name of the module whose output (with ":input", whose input) is returned as
+            `features`, or None.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class DualModel(nn.Module):
         Args:
             model: any module with masked parameters; it is left as it was.
             masks: from `fastpie.prune`, or bool tensors by parameter name (True = kept).
-            features: name of a submodule whose output to return of both models.
+            features: what to return of both models beside their outputs: the name of a submodule for
+                its output, that name and ":input" for what goes into it, or "penultimate" for what
+                goes into the last linear layer.
 
         Raises:
             FastpieError: if the masks are another model's, or there is no such submodule.
@@ -70,26 +74,19 @@ class DualModel(nn.Module):
         if not isinstance(masks, Masks):
             masks = Masks.from_tensors(masks, model)
         masks.check_model(model)
-        if features is not None and features not in dict(
-            model.named_modules(remove_duplicate=False)
-        ):
-            raise FastpieError(
-                f"Expected `features` to name a module of {type(model).__name__}, but it has no "
-                f"module {features!r}."
-            )
         self.model = model
-        self.feature_module = features
+        self.feature_module = None if features is None else features_of(model, features)
         self._sparsities = list(masks.sparsities)
         self._is_ladder = masks.is_ladder
         self._fingerprint = masks.fingerprint
         self._info = dict(masks.info)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         # Buffers, so that .to() moves them and state_dict() keeps them; a name may not hold a dot.
-        self._levels = _Buffers(
+        self._levels = Buffers(
             {name: level.to(parameters[name].device) for name, level in masks.levels.items()}
         )
         self._statistics = nn.ModuleList(
-            _Buffers({k: v.detach().clone() for k, v in calibration.statistics_of(model).items()})
+            Buffers({k: v.detach().clone() for k, v in calibration.statistics_of(model).items()})
             for _ in self._sparsities
         )
         self.training = model.training
@@ -234,8 +231,17 @@ class DualModel(nn.Module):
         Raises:
             FastpieError: for no batches, or data that give NaN or infinite statistics.
         """
-        calibration.recalibrate(self, batches)
+        pooled = self.calibration()
+        for batch in batches:
+            pooled.add(batch)
+            if pooled.idle:
+                break
+        pooled.finish()
         return self
+
+    def calibration(self) -> calibration.Calibration:
+        """What `recalibrate` does, for a caller who has the batches one after the other."""
+        return calibration.calibration_of(self)
 
     def compile(  # type: ignore[override]
         self,
@@ -280,6 +286,14 @@ class DualModel(nn.Module):
         """The pruned model's normalisation buffers at one level, by name in `model`."""
         return dict(self._statistics[level].items())  # type: ignore[operator]
 
+    def own_statistics(self) -> dict[str, Tensor]:
+        """The pruned model's normalisation buffers at every level, by one flat name ("0/bn1.running_mean")."""
+        return {
+            f"{level}/{name}": buffer
+            for level in range(len(self._sparsities))
+            for name, buffer in self.statistics(level).items()
+        }
+
     def get_extra_state(self) -> Tensor:
         """The levels, which belong to the masks that state_dict() holds: JSON in a uint8 tensor.
 
@@ -315,28 +329,21 @@ class DualModel(nn.Module):
         if self.feature_module is None:
             yield None
             return
-        seen: list[Any] = []
-        handle = self.model.get_submodule(self.feature_module).register_forward_hook(
-            lambda module, inputs, output: seen.append(
-                # A later operation in place (ReLU) must not change what is handed out.
-                pytree.tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
-            )
-        )
-        try:
+        with watched(self.model, self.feature_module) as seen:
             yield seen
-        finally:
-            handle.remove()
 
 
-class _Buffers(nn.Module):
+class Buffers(nn.Module):
     """Tensors by dotted name as buffers of a module."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hold these tensors themselves, not copies."""
         super().__init__()
         for name, tensor in tensors.items():
             self.register_buffer(name.replace(".", "/"), tensor)
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names, with their dots, and tensors."""
         for name, tensor in self._buffers.items():
             assert tensor is not None
             yield name.replace("/", "."), tensor

@@ -59,6 +59,7 @@ def mine_on_ray(
     recalibrate: bool = True,
     keep_logits: bool = False,
     keep_features: bool = False,
+    committee: int = 0,
     output: str | int | None = None,
     precision: str = "fp32",
     backend: str = "auto",
@@ -99,6 +100,7 @@ def mine_on_ray(
         recalibrate: give the pruned model BatchNorm statistics of its own.
         keep_logits: write both models' outputs.
         keep_features: write both models' features.
+        committee: this many copies with noise on their weights score each sample too.
         output: key or index of the logits.
         precision: "fp32", "bf16" or, on a GPU, "fp16".
         backend: of the engine.
@@ -117,7 +119,7 @@ def mine_on_ray(
             (`fastpie[ray]`) is not installed. What an actor raised is the cause.
     """
     ray = _ray()
-    check_arguments(task, limit, note)
+    check_arguments(task, limit, note, committee)
     pool = _pool_size(actors)
     several = not (isinstance(dual, nn.Module) or callable(dual))
     models = [dual] if isinstance(dual, nn.Module) or callable(dual) else list(dual)
@@ -139,6 +141,7 @@ def mine_on_ray(
             "output": output,
             "precision": precision,
             "backend": backend,
+            **({"committee": committee} if committee else {}),
         },
         device="cuda" if num_gpus else "cpu",
         threads=max(1, int(num_cpus)),

@@ -17,15 +17,32 @@ from torch import Tensor
 from fastpie._digest import digest_of
 from fastpie.dual import DualEngine, DualModel
 from fastpie.dual.calibration import statistics_of
+from fastpie.dual.committee import Committee
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
 from fastpie.mining.part import PartRows, kept_table
 from fastpie.mining.plan import Plan
 from fastpie.mining.reading import Batch, Problem
+from fastpie.mining.restore import model_digest
 from fastpie.mining.run_folder import NO_ROWS, RunFolder, explained
 from fastpie.mining.scoring import Scorer
 
-__all__ = ["Member", "Remaining", "error_rows"]
+__all__ = ["Member", "Outputs", "Remaining", "error_rows"]
+
+
+_COMMITTEE = "committee-"  # begins the names of its files
+
+
+class Outputs(NamedTuple):
+    """What the models of a member give for a batch.
+
+    Attributes:
+        dual: of the dense and the pruned model.
+        copies: of the committee, the model's structure of tensors [K, N, ...]; None without one.
+    """
+
+    dual: DualOutput
+    copies: Any
 
 
 class Remaining(NamedTuple):
@@ -77,6 +94,7 @@ class Member:
         self.config = config
         self.paths = paths
         self.engine: DualEngine | None = None
+        self._committee: DualEngine | None = None
         self.scorer = Scorer(
             config["task"],
             dual.sparsities,
@@ -92,11 +110,10 @@ class Member:
 
     def fingerprints(self) -> dict[str, str]:
         """What tells this model from another."""
-        tensors = {k: v for k, v in self.dual.model.state_dict().items() if isinstance(v, Tensor)}
         return {
-            "model": digest_of(tensors),
+            "model": model_digest(self.dual.model),
             "masks": digest_of(self.dual.masks.levels),
-            "statistics": digest_of(_statistics(self.dual)),
+            "statistics": digest_of(self.dual.own_statistics()),
         }
 
     def compile(
@@ -116,21 +133,31 @@ class Member:
         fresh = recalibration is not None
         private = copy.deepcopy(self.dual).to(device).eval().requires_grad_(False)
         try:
+            models = {"": private}
+            if self.config.get("committee"):
+                models[_COMMITTEE] = Committee(private.model, self.config["committee"])
             if self.config["recalibrate"] and statistics_of(private.model):
                 if recalibration is not None:
-                    private.recalibrate(recalibration())
-                    self.folder.write_file("recalibration.safetensors", save(_statistics(private)))
-                own = _statistics(private)
-                for name, value in self._stored_statistics().items():
-                    own[name].copy_(value)
-            self.engine = private.compile(
-                args,
-                precision=self.config["precision"],
-                backend=self.config["backend"],
-                plan=None if fresh else self._stored_plan(),
-            )
-            if fresh:  # kernels are chosen by timing: what goes on later must choose alike
-                self.folder.write_file("plan.json", json.dumps(self.engine.plan).encode())
+                    pooled = [model.calibration() for model in models.values()]
+                    for batch in recalibration():
+                        for one in pooled:
+                            one.add(batch)
+                        if all(one.idle for one in pooled):
+                            break
+                    for (prefix, model), one in zip(models.items(), pooled, strict=True):
+                        one.finish()
+                        self.folder.write_file(
+                            f"{prefix}recalibration.safetensors", save(model.own_statistics())
+                        )
+                for prefix, model in models.items():
+                    own = model.own_statistics()
+                    for name, value in self._stored_statistics(prefix).items():
+                        own[name].copy_(value)
+            engines = {
+                prefix: self._compiled(model, args, f"{prefix}plan.json", fresh)
+                for prefix, model in models.items()
+            }
+            self.engine, self._committee = engines[""], engines.get(_COMMITTEE)
         except (FastpieError, OSError):
             raise
         except Exception as error:
@@ -140,17 +167,37 @@ class Member:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _stored_plan(self) -> dict[str, Any]:
+    def forward(self, args: tuple[Any, ...]) -> Outputs:
+        """A batch through all models; on a GPU without waiting for them."""
+        assert self.engine is not None
+        copies = None if self._committee is None else Committee.outputs(self._committee(*args))
+        return Outputs(self.engine(*args), copies)
+
+    def _compiled(
+        self, dual: DualModel, args: tuple[Any, ...], file: str, fresh: bool
+    ) -> DualEngine:
+        """An engine; kernels are chosen by timing, and what goes on later must choose alike."""
+        engine = dual.compile(
+            args,
+            precision=self.config["precision"],
+            backend=self.config["backend"],
+            plan=None if fresh else self._stored_plan(file),
+        )
+        if fresh:
+            self.folder.write_file(file, json.dumps(engine.plan).encode())
+        return engine
+
+    def _stored_plan(self, file: str) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.folder.storage.read("plan.json")))
+            return dict(json.loads(self.folder.storage.read(file)))
         except (OSError, ValueError) as error:
             raise FastpieError(
-                f"Expected the plan of the run in {self.folder.location}/plan.json, but: {error}. "
+                f"Expected the plan of the run in {self.folder.location}/{file}, but: {error}. "
                 "Choose another folder."
             ) from error
 
-    def _stored_statistics(self) -> dict[str, Tensor]:
-        name = "recalibration.safetensors"
+    def _stored_statistics(self, prefix: str) -> dict[str, Tensor]:
+        name = f"{prefix}recalibration.safetensors"
         try:
             return dict(load(self.folder.storage.read(name)))
         except (OSError, SafetensorError) as error:
@@ -222,12 +269,12 @@ class Member:
 
     # ------------------------------------------------------------------ rows
 
-    def score(self, batch: Batch, out: DualOutput | None) -> PartRows:
+    def score(self, batch: Batch, out: Outputs | None) -> PartRows:
         """What a batch adds to its part."""
         found = PartRows()
         if out is not None:
             rows, columns, found.problems, kept = self.scorer.score(
-                out, batch.labels, batch.positions, batch.slots
+                out.dual, batch.labels, batch.positions, batch.slots, out.copies
             )
             ids = pa.array([self.plan.sample_ids[batch.positions[r]] for r in rows], pa.string())
             found.tables.append(pa.table({"sample_id": ids, **columns}))
@@ -297,12 +344,3 @@ def error_rows(
 
 def _in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["sample_id"])
-
-
-def _statistics(dual: DualModel) -> dict[str, Tensor]:
-    """The pruned model's own buffers at every level, by one flat name."""
-    return {
-        f"{level}/{name}": buffer
-        for level in range(len(dual.sparsities))
-        for name, buffer in dual.statistics(level).items()
-    }

@@ -18,7 +18,10 @@ from fastpie.mining.selection import Hardest, Strata, check_numbers, sort_keys
 
 __all__ = ["MiningResult"]
 
-_LOWER_IS_HARDER = ("spearman", "margin_dense", "margin_pruned", "iou", "iou_soft", "first_flip")
+_LOWER_IS_HARDER = frozenset({
+    "spearman", "margin_dense", "margin_pruned", "margin_committee", "iou", "iou_committee",
+    "iou_soft", "iou_soft_committee", "first_flip",
+})  # fmt: skip
 
 
 class MiningResult:

@@ -27,6 +27,9 @@ __all__ = ["DEFAULT_LADDER", "check_arguments", "loader_of", "mine"]
 DEFAULT_LADDER = (0.1, 0.3, 0.5, 0.7)
 """Levels that a plain model is pruned at: moderate ones, at which it keeps its accuracy."""
 
+MOST_COPIES = 255
+"""Of a committee."""
+
 Model = DualModel | nn.Module
 Models = Model | Sequence[Model | Callable[[], Model]]
 
@@ -44,6 +47,7 @@ def mine(
     recalibrate: bool = True,
     keep_logits: bool = False,
     keep_features: bool = False,
+    committee: int = 0,
     output: str | int | None = None,
     precision: str = "fp32",
     backend: str = "auto",
@@ -94,6 +98,10 @@ def mine(
             hash, on a private copy. The published protocol (PruneCXR) does not.
         keep_logits: write both models' outputs beside the scores (PIE and forgettability need them).
         keep_features: write both models' features; `dual` must name a feature module.
+        committee: this many copies (0, or 2 and more) of the dense model with noise on their weights
+            score each sample too, for as many dense passes more: `margin_committee` (mean margin,
+            as `margin_pruned`), `js_committee` and `flip_committee` (means against the dense model).
+            See `fastpie.dual.committee`.
         output: key or index of the logits in a model that returns a dict or tuple.
         precision: "fp32", "bf16" or, on a GPU, "fp16".
         backend: of the engine, see `DualModel.compile`.
@@ -119,7 +127,7 @@ def mine(
             a full disk. Samples that cannot be read or scored do not raise: they are in
             `result.errors`.
     """
-    check_arguments(task, limit, note)
+    check_arguments(task, limit, note, committee)
     if not 0 <= shard[0] < shard[1]:
         raise FastpieError(f"Expected a `shard` (i, n) with 0 <= i < n, but got {shard}.")
     several = not isinstance(dual, nn.Module)
@@ -134,6 +142,7 @@ def mine(
         "output": output,
         "precision": precision,
         "backend": backend,
+        **({"committee": committee} if committee else {}),
     }
     reader = Reader(data, batch_size=batch_size, num_workers=num_workers, read_timeout=read_timeout)
     ranks = Ranks()
@@ -158,7 +167,9 @@ def mine(
     return result
 
 
-def check_arguments(task: str, limit: int | None, note: dict[str, Any] | None) -> None:
+def check_arguments(
+    task: str, limit: int | None, note: dict[str, Any] | None, committee: int
+) -> None:
     """What can be told before anything is read; see `mine`.
 
     Raises:
@@ -166,6 +177,10 @@ def check_arguments(task: str, limit: int | None, note: dict[str, Any] | None) -
     """
     if task not in TASKS:
         raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
+    if committee != 0 and not 2 <= committee <= MOST_COPIES:
+        raise FastpieError(
+            f"Expected a `committee` of 0 (none) or of 2 to {MOST_COPIES} copies, but got {committee}."
+        )
     if limit is not None and limit < 1:
         raise FastpieError(f"Expected a `limit` of at least 1, but got {limit}.")
     try:

@@ -3,8 +3,9 @@
 Layout: `run.json`, `scores/part-<n>.parquet`, `errors/part-<n>.parquet` and at the end of a call
 `errors.parquet` (all of them), `samples.arrow` (sample ids and where the data set has them),
 `masks.safetensors`, `recalibration.safetensors` (networks with BatchNorm), `plan.json` (the kernels of
-the engine), `manifest.parquet` (data sets that have one), `report.html`, `.lock`, where asked for
-`logits/`, `features/`, `log/`, and of several models `models/<k>/`, each a run folder.
+the engine; of a committee there are both, too, with names that begin with `committee-`),
+`manifest.parquet` (data sets that have one), `report.html`, `.lock`, where asked for `logits/`,
+`features/`, `log/`, and of several models `models/<k>/`, each a run folder.
 
 A part is written in the order errors, logits and features, scores, and is done when its scores are
 there and every sample of it is in the scores or in the errors. What a crash leaves behind can then be

@@ -61,7 +61,12 @@ class Scorer:
         return ("loss_pruned" if self.labelled else "js") + over
 
     def score(
-        self, out: DualOutput, labels: Any, positions: Sequence[int], slots: Sequence[int]
+        self,
+        out: DualOutput,
+        labels: Any,
+        positions: Sequence[int],
+        slots: Sequence[int],
+        copies: Any = None,
     ) -> tuple[list[int], dict[str, pa.Array], list[Problem], dict[str, Any]]:
         """Scores of the slots of one batch.
 
@@ -70,6 +75,7 @@ class Scorer:
             labels: as collated, or None.
             positions: of the samples, for the problems.
             slots: where the samples lie in the batch.
+            copies: outputs of the committee, in the structure of the dense model's; None without one.
 
         Returns:
             The indices into `positions` that are scored, their columns, the problems of the others
@@ -104,6 +110,8 @@ class Scorer:
 
         keep = good.nonzero().flatten()
         columns = self._columns(dense, pruned, targets, index[keep])
+        if copies is not None:
+            columns.update(self._of_committee(dense, self._logits(copies), targets, index[keep]))
         if targets is not None:
             columns = {"label": _label_column(targets[index[keep]], self.task), **columns}
         kept: dict[str, Any] = {}
@@ -196,6 +204,25 @@ class Scorer:
             else:
                 self._per_level(columns, name, score)
         return columns
+
+    def _of_committee(
+        self, dense: Tensor, copies: Tensor, targets: Tensor | None, rows: Tensor
+    ) -> dict[str, np.ndarray]:
+        """Means over the copies with noise on their weights, each against the dense model."""
+        if self.task in ("segmentation", "embedding"):
+            return {
+                f"{name}_committee": _mean(value.float().cpu().numpy()[:, rows.numpy()])
+                for name, value in disagreement(dense, copies, task=self.task).items()
+            }
+        if targets is not None:
+            targets = targets.to(dense.device)
+        packed = ops.disagreement(dense, copies, targets, self.task)
+        values = packed.float().cpu().numpy()[:, :, rows.numpy()]
+        scores = dict(zip(SCORES, values, strict=True))
+        return {
+            f"{name}_committee": _mean(scores[of])
+            for name, of in (("margin", "margin_pruned"), ("js", "js"), ("flip", "flip"))
+        }
 
     def _names(self, score: str) -> list[str]:
         return [level_column(score, s) for s in self.sparsities] if self.is_ladder else [score]

@@ -26,12 +26,11 @@ from fastpie._digest import digest_of
 from fastpie.data.manifest import Manifest
 from fastpie.dual import DualModel
 from fastpie.dual.inputs import as_arguments
-from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
 from fastpie.mining.interruption import Interruption
 from fastpie.mining.lanes import Lanes
 from fastpie.mining.lock import RunLock
-from fastpie.mining.member import Member, Remaining, error_rows
+from fastpie.mining.member import Member, Outputs, Remaining, error_rows
 from fastpie.mining.part import PartRows
 from fastpie.mining.plan import Plan, digest_of_ids, fingerprint_of, ids_of, known_sample_ids
 from fastpie.mining.population import merge_parts
@@ -169,7 +168,9 @@ class Session:
     def groups(self, at_once: int | None) -> list[range]:
         """Numbers of the models that are held in memory together: so many, or as many as fit."""
         count = len(self.loaders)
-        at_once = at_once or _models_that_fit(self._first, count, self.lanes.device)
+        at_once = at_once or _models_that_fit(
+            self._first, self.config.get("committee", 0), count, self.lanes.device
+        )
         return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]
 
     def _parts(self, shard: tuple[int, int]) -> range:
@@ -417,10 +418,10 @@ class Session:
                 if member.engine is None:
                     self._example = args
                     member.compile(args, self.lanes.device, self._recalibration)
-                assert member.engine is not None
                 start = time.perf_counter()
+                out = member.forward(args)
                 _, _, unusable, kept = member.scorer.score(
-                    member.engine(*args), batch.labels, batch.positions, batch.slots
+                    out.dual, batch.labels, batch.positions, batch.slots, out.copies
                 )
                 if len(unusable) < len(batch.positions):
                     size = sum(array.nbytes for pair in kept.values() for array in pair)
@@ -592,7 +593,7 @@ class Session:
             yield batch
 
     def _scored(
-        self, members: Sequence[Member], batch: Batch, outs: dict[int, DualOutput | None]
+        self, members: Sequence[Member], batch: Batch, outs: dict[int, Outputs | None]
     ) -> dict[int, PartRows]:
         with self.telemetry.stage("score"):
             return {place: members[place].score(batch, out) for place, out in outs.items()}
@@ -629,21 +630,20 @@ class Session:
 
     def _forward(
         self, members: Sequence[Member], item: tuple[_Work, int], batch: Batch
-    ) -> dict[int, DualOutput | None]:
+    ) -> dict[int, Outputs | None]:
         """A batch through the models that have not scored it; on a GPU without waiting for them."""
         work, number = item
         places = [place for place, r in work.of.items() if number in r.batches]
         if batch.images is None:
             return dict.fromkeys(places)
         args = self._arguments(batch.images)
-        outs: dict[int, DualOutput | None] = {}
+        outs: dict[int, Outputs | None] = {}
         for place in places:
             member = members[place]
             if member.engine is None:
                 member.compile(args, self.lanes.device, None)
-            assert member.engine is not None
             with self.telemetry.stage("forward"):
-                outs[place] = member.engine(*args)
+                outs[place] = member.forward(args)
         return outs
 
     def _finish(self, parts: range, lock: RunLock | None) -> None:
@@ -706,11 +706,12 @@ def _masks_of_these_weights(dual: DualModel) -> bool | None:
     return None if made_from is None else bool(made_from == now)
 
 
-def _models_that_fit(dual: DualModel, count: int, device: torch.device) -> int:
+def _models_that_fit(dual: DualModel, copies: int, count: int, device: torch.device) -> int:
     """How many engines half of the free memory should hold, at least one."""
     size = sum(t.nbytes for t in (*dual.model.parameters(), *dual.model.buffers()))
-    # The private copy, the dense weights, and of each level values and places of those kept.
-    each = size * (2 + sum(2 * (1 - s) for s in dual.sparsities))
+    # The private copy, the dense weights, and of each level values and places of those kept, and
+    # the copies of a committee with what their kernels make of them.
+    each = size * (2 + sum(2 * (1 - s) for s in dual.sparsities) + 2 * copies)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     return max(1, min(count, int(free / 2 / max(each, 1))))
 

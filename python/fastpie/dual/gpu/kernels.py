@@ -135,6 +135,8 @@ class ChannelsLast:
             return
         if layer.rank == 1:  # torch has no channels-last format of one dimension
             return
+        if not layer.shares_weights(models):
+            return
         slope = 0.0 if activation is None else float(activation.slope)
         for label, config in self.configs(layer, len(models)):
 

@@ -77,6 +77,11 @@ class GpuLayer:
         """Input channels of one group."""
         return int(self.states[0].tensors[self.step.weight].shape[1])
 
+    def shares_weights(self, models: Sequence[int]) -> bool:
+        """Whether these models differ in masks alone; the copies of a committee do not."""
+        weight = self.states[0].tensors[self.step.weight]
+        return all(self.states[model].tensors[self.step.weight] is weight for model in models)
+
     def weight(self) -> Tensor:
         """The weights of all models, not masked: [K, *kernel, C] in `dtype`."""
         if self._weight is None:

@@ -1,0 +1,122 @@
+"""Features by name: outputs and inputs of modules, in the dual model and in the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastpie
+from fastpie import DualModel, FastpieError
+from fastpie.dual.features import features_of
+
+
+class Net(nn.Module):
+    """What goes into the classifier is no module's output, and is changed in place after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 6, 3)
+        self.norm = nn.BatchNorm2d(6)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        features = self.norm(self.conv(x)).relu().mean((2, 3))
+        out = self.fc(features)
+        features.zero_()
+        return out
+
+
+@pytest.fixture
+def net():
+    model = Net().eval()
+    with torch.no_grad():
+        model.norm.running_mean.normal_(0, 0.1)
+    return model
+
+
+def features_by_hand(model, x):
+    return model.norm(model.conv(x)).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("name", ["penultimate", "fc:input"])
+def test_the_input_of_a_module(net, name):
+    x = torch.randn(5, 1, 8, 8)
+    masks = fastpie.prune(net, [0.3, 0.6])
+    dual = DualModel(net, masks, features=name)
+    assert dual.feature_module == "fc:input"
+    with torch.no_grad():
+        out = dual(x)
+        torch.testing.assert_close(out.features.dense, features_by_hand(net, x), rtol=0, atol=0)
+        pruned = Net().eval()
+        pruned.load_state_dict(net.state_dict())
+        masks.at(0.6).apply_(pruned)
+        torch.testing.assert_close(out.features.pruned[1], features_by_hand(pruned, x))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_engine_gives_them_too(net, backend):
+    x = torch.randn(5, 1, 8, 8)
+    dual = DualModel(net, fastpie.prune(net, [0.3, 0.6]), features="penultimate")
+    engine = dual.compile(x, backend=backend)
+    assert engine.backend == backend
+    with torch.no_grad():
+        expected = dual(x)
+    out = engine(x)
+    torch.testing.assert_close(out.features.dense, expected.features.dense, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.features.pruned, expected.features.pruned, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.dense, expected.dense, rtol=1e-4, atol=1e-5)
+
+
+def test_monais_networks_have_one():
+    from monai.networks import nets
+
+    for model in (
+        nets.resnet18(spatial_dims=2, n_input_channels=1, num_classes=4),
+        nets.DenseNet121(spatial_dims=2, in_channels=1, out_channels=4),
+        nets.EfficientNetBN("efficientnet-b0", in_channels=1, num_classes=4, pretrained=False),
+    ):
+        model.eval()
+        dual = DualModel(model, fastpie.prune(model, 0.5), features="penultimate")
+        with torch.no_grad():
+            features = dual(torch.randn(2, 1, 32, 32)).features
+        last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        assert features.dense.shape == (2, last.in_features)
+
+
+def test_a_module_with_a_colon_in_its_name(net):
+    net.add_module("odd:input", nn.Identity())
+    assert features_of(net, "odd:input") == "odd:input"
+    assert features_of(net, "odd:input:input") == "odd:input:input"
+
+
+def test_a_module_that_is_called_penultimate(net):
+    net.add_module("penultimate", nn.Identity())
+    assert features_of(net, "penultimate") == "penultimate"
+
+
+def test_no_such_module(net):
+    for name in ("nothing", "nothing:input", ":input:"):
+        with pytest.raises(FastpieError, match="has no module"):
+            features_of(net, name)
+
+
+def test_no_linear_layer():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3))
+    with pytest.raises(FastpieError, match="has none: name a module of it"):
+        DualModel(model, fastpie.prune(model, 0.5), features="penultimate")
+
+
+def test_a_module_called_by_keywords_has_no_first_input():
+    class ByKeyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.fc(input=x)
+
+    model = ByKeyword()
+    dual = DualModel(model, fastpie.prune(model, 0.5), features="penultimate")
+    with pytest.raises(FastpieError, match="keywords alone"):
+        dual(torch.randn(3, 4))
