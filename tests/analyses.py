@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-
-@dataclass(frozen=True)
-class MadeUp:
-    """What a report reads of a `fastpie.analysis.Analysis`."""
-
-    samples: pa.Table
-    tables: dict[str, pa.Table] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    sentences: list[str] = field(default_factory=list)
-
+from fastpie.analysis import Analysis
 
 QUADRANTS = ("typical", "hard", "label in doubt", "hard, label in doubt")
 
@@ -136,10 +126,10 @@ def tables_of(names: Sequence[str], seed: int = 0) -> dict[str, pa.Table]:
     return {name: pa.Table.from_pylist(rows) for name, rows in made.items()}
 
 
-def analysis_of(result: Any, names: Sequence[str], seed: int = 0) -> MadeUp:
+def analysis_of(result: Any, names: Sequence[str], seed: int = 0) -> Analysis:
     """An analysis of a run."""
     table = result.table
-    return MadeUp(
+    return Analysis(
         samples_of(table["sample_id"].to_pylist(), table["hardness"].to_pylist(), seed),
         tables_of(names, seed),
         {"level": 0.5},

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import nn
 
 import fastpie
-from analyses import MadeUp, samples_of, tables_of
+from analyses import samples_of, tables_of
 from fastpie import FastpieError
+from fastpie.analysis import Analysis
 from fastpie.report import class_plots, group_plots, write_plots
 from fastpie.report.drawing import plain, spread
 from fastpie.report.svg import inline_svg
@@ -164,7 +165,7 @@ def test_every_plot_is_written_with_its_data(result):
     subgroups = TABLES["subgroups"].set_column(
         1, "value", pa.array(["=1+1", '"quoted", so', "c", "d", "e"])
     )
-    analysis = MadeUp(SAMPLES, {**TABLES, "subgroups": subgroups})
+    analysis = Analysis(SAMPLES, {**TABLES, "subgroups": subgroups}, {}, [])
     files = write_plots(result, analysis)
     folder = result.path / "plots"
     assert sorted(files) == sorted(folder.iterdir())

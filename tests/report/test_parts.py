@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 import fastpie
-from analyses import QUADRANTS, MadeUp
+from analyses import QUADRANTS
 from analyses import tables_of as made_up_tables
+from fastpie.analysis import Analysis
 from fastpie.data import ManifestDataset, Preprocessing
 from fastpie.mining import MiningResult
 from fastpie.report.choice import choose
@@ -189,20 +190,23 @@ def test_subgroups_that_can_name_somebody_are_left_out():
 def test_an_analysis_joins_the_table_of_classes_by_name():
     rows = [ClassRow(i, 5, 0.5, 0.25, 0.1, float(i)) for i in range(3)]
     names = ["a", "b", "c"]
-    analysis = MadeUp(pa.table({}), {"classes": made_up_tables(["c", "b"])["classes"]})
+    analysis = Analysis(pa.table({}), {"classes": made_up_tables(["c", "b"])["classes"]}, {}, [])
     table = class_table(rows, names.__getitem__, 0.7, analysis)
     heads = [head for head, _ in table.columns]
     assert {"n in training", "first drop", "impact", "ratio of PIEs"} <= set(heads)
     assert [row[0].text for row in table.rows] == ["c", "b", "a"]
     place = heads.index("n in training")
-    assert [row[place].text for row in table.rows] == ["1e+03", "500", "–"]
+    assert [row[place].text for row in table.rows] == ["1,000", "500", "–"]
     assert table.rows[0][heads.index("ratio of PIEs")].text == "1.5 (0.7 to 2.2)"
     assert table.keys == [2, 1, 0]
     assert all(len(row) == len(heads) for row in table.rows)
 
 
 def test_tables_of_an_analysis():
-    tables = {t.name: t for t in tables_of(MadeUp(pa.table({}), made_up_tables(["a", "b", "c"])))}
+    tables = {
+        t.name: t
+        for t in tables_of(Analysis(pa.table({}), made_up_tables(["a", "b", "c"]), {}, []))
+    }
     assert set(tables) == {
         f"table-{n}"
         for n in (

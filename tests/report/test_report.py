@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import csv
+import dataclasses
 import hashlib
 import io
 import json
@@ -20,8 +22,10 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import fastpie
+from analyses import analysis_of
 from fastpie import FastpieError
 from fastpie.report import write_report
+from fastpie.report.heatmaps import heat_map
 from fastpie.report.thumbnails import picture_of
 
 SCRIPT = "<script>alert(1)</script>"
@@ -579,3 +583,159 @@ def test_an_old_or_sparse_record_is_no_reason_to_stop(tmp_path):
 
 def column(result, name, table=None):
     return np.array((table or result.table).column(name).to_pylist())
+
+
+def test_ids_paths_notes_and_messages_are_hidden_unless_asked_for(tmp_path):
+    data = Images(n=30, corrupt=(9,))
+    data.paths = [f"/ward/Smith-{i}.png" for i in range(30)]
+    result = run(tmp_path, data, note={"who": "Dr. Jones"})
+    ids = data.sample_ids
+    manifest = pa.table(
+        {
+            "sample_id": ids,
+            "sex": ["F", "M", None] * 10,
+            "age": [41.5] * 30,
+            "group": [f"mrn{i}" for i in range(30)],
+            "referrer": ["Dr. House"] * 30,
+        }
+    )
+    pq.write_table(manifest, result.path / "manifest.parquet")
+    result = fastpie.MiningResult(result.path)
+    path = write_report(result, dataset=data)
+    page, text = read(path), path.read_text("utf-8")
+    for secret in (
+        *ids,
+        "Smith",
+        "Jones",
+        "House",
+        "mrn",
+        str(result.path.parent),
+        "cannot identify",
+    ):
+        assert secret not in text
+        assert json.dumps(secret)[1:-1] not in text
+    (row,) = page.rows("error-table")
+    assert row[1:] == ["read", "OSError (message hidden)"]
+    with (result.path / "report-ids.csv").open(newline="", encoding="utf-8") as file:
+        known = {r["pseudonym"]: r["sample_id"] for r in csv.DictReader(file)}
+    assert known[row[0]] == ids[9]
+    sex, age = page.data["attributes"]
+    assert (sex["key"], sex["values"], age["values"]) == ("sex", ["F", "M"], ["40-49"])
+    for name, code in zip(page.data["ids"], sex["index"], strict=True):
+        assert (None if code is None else sex["values"][code]) == ["F", "M", None][
+            ids.index(known[name]) % 3
+        ]
+    # Elsewhere the same names, and no list of them.
+    other = read(write_report(result, tmp_path / "other.html"))
+    assert other.data["ids"] == page.data["ids"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.html", "run"]
+    page = read(write_report(result, tmp_path / "other.html", show_ids=True))
+    assert set(page.data["ids"]) == set(ids) - {ids[9]}
+    assert {o["name"] for o in page.data["others"]} == {"group", "referrer"}
+    for secret in ("Dr. Jones", "/ward/Smith-9.png", "cannot identify", str(result.path)):
+        assert secret in page.text
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory):
+    torch.manual_seed(0)
+    data, names = Images(), ["healthy", SCRIPT, "caries"]
+    model = network()
+    dual = fastpie.DualModel(model, fastpie.prune(model, (0.3, 0.6, 0.9)))
+    folder = tmp_path_factory.mktemp("analysed")
+    result = fastpie.mine(dual, data, folder / "run", batch_size=20, keep_logits=True)
+    analysis = analysis_of(result, names)
+    # It can lack a sample, and has its rows in an order of its own.
+    samples = analysis.samples.slice(1).sort_by([("atypical", "descending")])
+    analysis = dataclasses.replace(analysis, samples=samples)
+    options = {"analysis": analysis, "dataset": data, "class_names": names, "show_ids": True}
+    path = write_report(result, dual=dual, heat_maps=5, heat_sparsity=0.6, **options)
+    return dual, result, analysis, options, read(path)
+
+
+def test_an_analysis_is_told_in_words_plots_and_tables(analysed):
+    _, _, analysis, _, page = analysed
+    assert page.text.index(analysis.sentences[0]) < page.text.index(analysis.sentences[2])
+    assert page.text.count(analysis.sentences[0]) == 1
+    plots = {name.removeprefix("plot-") for name in plots_of(page)}
+    assert plots == {
+        "hardness", "js", "margins", "accuracy", "quadrants", "levels", "curves-ap", "classes",
+        "impact", "frequency", "counts", "subgroups", "pairs", "stability-level",
+        "stability-control", "agreement",
+    }  # fmt: skip
+    sections = {a.get("id") for a in page.all("section")}
+    assert {"gallery", "plots", "classes", "subgroups", "pairs", "stability"} <= sections
+    shown = page.data["tables"]["subgroups"]
+    assert shown["columns"] == analysis.tables["subgroups"].column_names
+    assert [row[:2] for row in shown["rows"]] == [
+        [r["attribute"], r["value"]] for r in analysis.tables["subgroups"].to_pylist()
+    ]
+    heads = next(iter(page.cells["class-table"].values()))
+    assert "ratio of PIEs" in heads
+    assert len(page.rows("table-stability")) == analysis.tables["stability"].num_rows
+
+
+def test_an_analysis_joins_the_samples_by_id(analysed):
+    _, _, analysis, _, page = analysed
+    rows = {row["sample_id"]: row for row in analysis.samples.to_pylist()}
+    data = page.data
+    flags = {flag["key"]: set(flag["rows"]) for flag in data["flags"]}
+    for place, sample_id in enumerate(data["ids"]):
+        row = rows.get(sample_id)
+        if row is None:  # the one that the analysis lacks
+            assert data["quadrant"][place] is None
+            assert score(page, "atypical")["values"][place] is None
+            continue
+        assert data["quadrants"][data["quadrant"][place]] == row["quadrant"]
+        assert score(page, "atypical")["values"][place] == pytest.approx(row["atypical"], rel=1e-3)
+        assert data["interval"][place] == pytest.approx(
+            [row["hard_low"], row["hard_high"]], rel=1e-3
+        )
+        assert data["duplicates"][place] == row["duplicate_of"]
+        for flag in ("pie", "dark", "blurred", "blank"):
+            assert (place in flags.get(flag, set())) == row[flag]
+        assert (place in flags["duplicate"]) == (row["duplicate_of"] is not None)
+    assert len(rows) == len(data["ids"]) - 1
+
+
+def test_heat_maps_of_the_hardest_lie_on_the_page(analysed):
+    dual, _, _, options, page = analysed
+    maps = page.pictures["maps"]
+    assert sorted(maps) == ["0", "1", "2", "3", "4"]
+    images = dict(zip(options["dataset"].sample_ids, options["dataset"].images, strict=True))
+    for place, shown in maps.items():
+        image = images[page.data["ids"][int(place)]]
+        expected = heat_map(dual, image, page.data["label"][int(place)], sparsity=0.6)
+        assert (shown["class"], shown["sparsity"]) == (expected.klass, 0.6)
+        for name in ("dense", "pruned"):
+            values = np.frombuffer(base64.b64decode(shown[name]), np.uint8).reshape(shown["size"])
+            np.testing.assert_allclose(values / 255, getattr(expected, name), atol=1 / 255)
+    assert "The 5 hardest have heat maps" in page.text
+
+
+def test_heat_maps_that_fail_become_a_note(analysed, tmp_path):
+    dual, result, _, options, _ = analysed
+    path = tmp_path / "x.html"
+    page = read(write_report(result, path, dual=dual, heat_maps=3, heat_sparsity=0.5))
+    assert "There are no heat maps: they need the data set." in page.text
+    page = read(
+        write_report(
+            result, path, dataset=options["dataset"], dual=dual, heat_maps=3, heat_module="nowhere"
+        )
+    )
+    assert page.pictures["maps"] == {}
+    assert "3 heat maps could not be drawn: Expected `module` to name a module" in page.text
+
+
+def test_a_run_of_several_models(tmp_path):
+    data = Images(n=12)
+    duals = []
+    for seed in range(2):
+        model = network()
+        with torch.no_grad():
+            model[0].weight.add_(0.1 * seed)
+        duals.append(fastpie.DualModel(model, fastpie.prune(model, [0.3, 0.6])))
+    result = fastpie.mine(duals, data, tmp_path / "run", batch_size=6, keep_logits=True)
+    page = read(write_report(result, dataset=data))
+    assert len(pictures_of(page)) == 12
+    assert all(len(shown) == CLASSES for shown in page.data["probabilities"])

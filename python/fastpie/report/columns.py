@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fastpie.analysis import Analysis
 from fastpie.mining.result import MiningResult
 from fastpie.mining.scoring import level_column
 
@@ -30,7 +31,7 @@ class Columns:
     is_ladder: bool
 
     @classmethod
-    def of(cls, result: MiningResult, analysis: Any = None) -> Columns:
+    def of(cls, result: MiningResult, analysis: Analysis | None = None) -> Columns:
         """The columns of a run, and of its analysis; a sample that this lacks has null there."""
         config = result.record["config"]
         table = result.table

@@ -16,6 +16,7 @@ import pyarrow.csv as pa_csv
 
 from fastpie._extras import load_extra
 from fastpie._files import atomic_path
+from fastpie.analysis import Analysis
 from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 from fastpie.report import class_plots, group_plots, plots
@@ -56,13 +57,15 @@ class Plot(NamedTuple):
     data: Callable[[], pa.Table]
 
 
-def plots_of(columns: Columns, curve: AccuracyCurve, analysis: Any = None) -> list[Plot]:
+def plots_of(
+    columns: Columns, curve: AccuracyCurve, analysis: Analysis | None = None
+) -> list[Plot]:
     """The plots of a run and, where there is one, of its analysis.
 
     Args:
         columns: of the run and its analysis.
         curve: of the run.
-        analysis: a `fastpie.analysis.Analysis`.
+        analysis: of the run.
     """
     found = [*_of_run(columns, curve)]
     if analysis is not None:
@@ -72,7 +75,7 @@ def plots_of(columns: Columns, curve: AccuracyCurve, analysis: Any = None) -> li
 
 def write_plots(
     result: MiningResult,
-    analysis: Any = None,
+    analysis: Analysis | None = None,
     folder: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Write every plot as SVG and PNG, and its data as CSV.
@@ -177,7 +180,7 @@ def _of_run(columns: Columns, curve: AccuracyCurve) -> list[Plot]:
     return found
 
 
-def _of_analysis(analysis: Any) -> list[Plot]:
+def _of_analysis(analysis: Analysis) -> list[Plot]:
     tables = {name: table for name, table in analysis.tables.items() if table.num_rows}
     found: list[Plot] = []
 

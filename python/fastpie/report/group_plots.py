@@ -103,10 +103,9 @@ def plot_pairs(pairs: pa.Table, *, ax: Axes | None = None) -> tuple[Figure, Axes
         x[rows],
         y[rows],
         c=np.nan_to_num(root[rows]) if together else DENSE,
-        cmap=ramp(DENSE, "#b9a3b4", PRUNED) if together else None,
+        cmap=ramp(("#009e73", 0.2), "#009e73") if together else None,
         s=16,
         linewidths=0,
-        alpha=0.85,
     )
     if together:
         bar = fig.colorbar(points, ax=ax, label="co-occurrence, IoU$^{1/4}$")

@@ -44,6 +44,8 @@ SCORES = (
     Score("damage", "Damage"),
     Score("margin_dense", "Margin, dense", True),
     Score("margin_pruned", "Margin, pruned", True),
+    Score("margin_committee", "Margin, committee", True),
+    Score("js_committee", "Disagreement, committee"),
     Score("spearman", "Rank correlation", True),
     Score("first_flip", "First level that flips", True),
     Score("brightness", "Brightness", True),

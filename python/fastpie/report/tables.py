@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from fastpie.analysis import Analysis
 from fastpie.report.classes import ClassRow
 from fastpie.report.drawing import numbers
 
@@ -104,7 +105,7 @@ def without_identities(subgroups: pa.Table) -> pa.Table:
     return subgroups.filter(pa.array([set(w) <= _HARMLESS for w in words], pa.bool_()))
 
 
-def tables_of(analysis: Any) -> list[Table]:
+def tables_of(analysis: Analysis) -> list[Table]:
     """The tables of an analysis but `curves` and `classes`, which are plots and a table of their own.
 
     An interval is one column, and so is a p-value with its q.
@@ -128,7 +129,7 @@ def class_table(
     rows: Sequence[ClassRow],
     name_of: Callable[[int], str],
     highest: float,
-    analysis: Any = None,
+    analysis: Analysis | None = None,
 ) -> Table:
     """The classes of a run, hardest first, with what the analysis says of them.
 
@@ -253,4 +254,4 @@ def _percent(value: float | None) -> Cell:
 def _number(value: float | None) -> Cell:
     if value is None or np.isnan(value):
         return Cell("–", None)
-    return Cell(f"{value:.3g}", float(value))
+    return Cell(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}", float(value))

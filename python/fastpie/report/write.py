@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from fastpie._extras import load_extra
 from fastpie._files import write_atomically
+from fastpie.analysis import Analysis
 from fastpie.dual import DualModel
 from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
@@ -48,7 +49,7 @@ def write_report(
     result: MiningResult,
     path: str | os.PathLike[str] | None = None,
     *,
-    analysis: Any = None,
+    analysis: Analysis | None = None,
     dataset: Any = None,
     class_names: Sequence[str] | None = None,
     thumbnails: int = 1_000,
@@ -71,7 +72,7 @@ def write_report(
     Args:
         result: a run of any task, with or without labels, finished or not.
         path: of the file; by default `report.html` in the run folder.
-        analysis: a `fastpie.analysis.Analysis` of the run.
+        analysis: of the run.
         dataset: the data set of the run, to show pictures: map-style, items as for
             `fastpie.mine`, samples found by id. A sample that cannot be read gets a placeholder.
         class_names: in index order; by default the data set's attribute `class_names`, else the
@@ -160,14 +161,14 @@ def _content(
     columns: Columns,
     rows: list[Any],
     name_of: Callable[[int], str],
-    analysis: Any,
+    analysis: Analysis | None,
     identities: Identities,
 ) -> dict[str, Any]:
     curve = accuracy_curve(columns)
     analysis, subgroup_note = _shown(analysis, identities)
     plots = [_drawn(plot) for plot in plots_of(columns, curve, analysis)]
     tables = [] if analysis is None else tables_of(analysis)
-    findings = [] if analysis is None else [str(s) for s in analysis.sentences]
+    findings = [] if analysis is None else analysis.sentences
     used = {plot["section"] for plot in plots} | {table.section for table in tables}
     sections = [("gallery", "Samples"), ("plots", "What pruning does"), ("classes", "Classes")]
     sections += [
@@ -209,16 +210,7 @@ def _content(
     }
 
 
-class _Shown:
-    """An analysis with some of its tables replaced."""
-
-    def __init__(self, analysis: Any, **tables: pa.Table) -> None:
-        self.samples = analysis.samples
-        self.sentences = analysis.sentences
-        self.tables = {**analysis.tables, **tables}
-
-
-def _shown(analysis: Any, identities: Identities) -> tuple[Any, str]:
+def _shown(analysis: Analysis | None, identities: Identities) -> tuple[Analysis | None, str]:
     """The analysis without subgroups that can name somebody, and what to say of that."""
     if analysis is None or identities.shown or "subgroups" not in analysis.tables:
         return analysis, ""
@@ -226,7 +218,7 @@ def _shown(analysis: Any, identities: Identities) -> tuple[Any, str]:
     after = without_identities(before)
     hidden = before.num_rows - after.num_rows
     note = f"Rows of attributes that can name somebody are hidden ({hidden:,})." if hidden else ""
-    return _Shown(analysis, subgroups=after), note
+    return dataclasses.replace(analysis, tables={**analysis.tables, "subgroups": after}), note
 
 
 def _drawn(plot: Plot) -> dict[str, Any]:
