@@ -436,6 +436,19 @@ def test_without_ids_nothing_names_a_sample(made, browser):
     page.check_console()
 
 
+@pytest.mark.parametrize("thumbnails", [0, 1000])
+def test_a_page_without_analysis_data_set_or_samples(made, browser, tmp_path, thumbnails):
+    page = Page(browser, write_report(made["result"], tmp_path / "x.html", thumbnails=thumbnails))
+    assert page.run("return document.querySelectorAll('.card').length > 0") == (thumbnails > 0)
+    assert page.run("return document.querySelectorAll('figure').length") == 4
+    if thumbnails:
+        page.click(".card")
+        assert (
+            page.run("return document.querySelector('#detail .none').textContent") == "no picture"
+        )
+    page.check_console()
+
+
 def test_dark_and_narrow(made, browser):
     browser.execute_cdp_cmd(
         "Emulation.setEmulatedMedia",

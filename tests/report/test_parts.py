@@ -136,7 +136,7 @@ def test_too_many_logits_are_not_read(runs, monkeypatch):
     monkeypatch.setattr("fastpie.report.probabilities._MOST_LOGITS", 12 * 6 * 3 - 1)
     monkeypatch.setattr(MiningResult, "logits", None)
     shown, note = probabilities(result, Columns.of(result), np.arange(2))
-    assert "too many logits" in note
+    assert "too many, or too far away" in note
     assert [len(s) for s in shown] == [1, 1]
 
 
@@ -147,18 +147,25 @@ def test_pseudonyms_stay_the_same_from_report_to_report(runs):
     assert names[0] == names[3]
     assert len(set(names)) == 3
     assert all(name.startswith("s-") and len(name) == 10 for name in names)
-    path = first.save()
-    assert path == result.path / "report-ids.csv"
+    assert first.save()
+    path = result.path / "report-ids.csv"
     with path.open(encoding="utf-8", newline="") as file:
         known = {row["pseudonym"]: row["sample_id"] for row in csv.DictReader(file)}
     assert known[names[2]] == '"odd",\nname'
     again = Identities(result, False)
     assert again.of("patient-02") == names[1]
-    assert again.save() is None  # nothing new
+    written = path.stat().st_mtime_ns
+    assert again.save()
+    assert path.stat().st_mtime_ns == written  # nothing new
     assert Identities(result, True).of("patient-01") == "patient-01"
     path.write_bytes(b"\xff\xfe not ours")
     assert Identities(result, False).of("patient-01") != names[0]
     path.unlink()
+    path.mkdir()  # where no file can be written
+    odd = Identities(result, False)
+    odd.of("patient-01")
+    assert not odd.save()
+    path.rmdir()
 
 
 def test_errors_keep_their_kind_and_lose_their_names(runs):

@@ -170,6 +170,12 @@ def plots_of(page):
     return [a["id"] for a in page.all("figure")]
 
 
+@pytest.fixture
+def no_plots(monkeypatch):
+    """For tests that do not look at plots, which take most of the time."""
+    monkeypatch.setattr("fastpie.report.write.plots_of", lambda *_: [])
+
+
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
     torch.manual_seed(0)
@@ -318,6 +324,7 @@ def test_readers_without_javascript_see_the_hardest(labelled, page):
     )
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_without_data_set_the_report_says_why_there_are_no_pictures(labelled, tmp_path):
     _, result, _, _ = labelled
     page = read(write_report(result, tmp_path / "other.html"))
@@ -327,6 +334,7 @@ def test_without_data_set_the_report_says_why_there_are_no_pictures(labelled, tm
     assert len(page.data["ids"]) == 38
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_another_data_set_gives_no_pictures_instead_of_wrong_ones(labelled, tmp_path):
     _, result, _, _ = labelled
     page = read(write_report(result, tmp_path / "other.html", dataset=torch.randn(40, 1, 8, 8)))
@@ -334,6 +342,7 @@ def test_another_data_set_gives_no_pictures_instead_of_wrong_ones(labelled, tmp_
     assert "its indices are not the ids of the run" in page.text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_sample_that_cannot_be_read_leaves_a_placeholder(tmp_path):
     data = Images(n=12)
     result = run(tmp_path, data)
@@ -349,6 +358,7 @@ def test_a_sample_that_cannot_be_read_leaves_a_placeholder(tmp_path):
     assert list(page.pictures["missing"].values()) == ["cannot be shown: OSError"]
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_ids_from_the_items_are_found_again(tmp_path):
     images = torch.arange(6.0).view(6, 1, 1, 1) * torch.randn(1, 1, 8, 8)
     data = [{"image": x, "label": i % 2, "sample_id": f"s{9 - i}"} for i, x in enumerate(images)]
@@ -356,6 +366,7 @@ def test_ids_from_the_items_are_found_again(tmp_path):
     assert len(pictures_of(page)) == 6
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_samples_of_each_order_are_chosen(labelled, tmp_path):
     _, result, _, names = labelled
     page = read(write_report(result, tmp_path / "x.html", class_names=names, thumbnails=6))
@@ -368,6 +379,7 @@ def test_the_samples_of_each_order_are_chosen(labelled, tmp_path):
     assert "There is no sample to show." in page.text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_no_labels_goes_by_prediction(tmp_path):
     data = Images(labels=False)
     result = run(tmp_path, data, levels=0.9)
@@ -402,6 +414,7 @@ def test_single_level_without_ladder_columns(tmp_path):
     assert len(plots_of(page)) == 4
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_multilabel(tmp_path):
     images = Images(labels=False).images
     labels = (torch.rand(40, CLASSES) > 0.5).float()
@@ -474,6 +487,7 @@ def test_columns_without_a_number(tmp_path):
     assert [row[-1] for row in page.rows("class-table")] == ["–"] * CLASSES
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_thousands_of_classes_are_capped_and_it_says_so(tmp_path):
     def multiply(table):
         n = 3000
@@ -495,6 +509,7 @@ def test_thousands_of_classes_are_capped_and_it_says_so(tmp_path):
     assert page.data["label"][0] == hardest
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_more_errors_than_are_shown(tmp_path):
     data = Images(n=80, corrupt=range(10, 70))
     page = read(write_report(run(tmp_path, data)))
@@ -502,6 +517,7 @@ def test_more_errors_than_are_shown(tmp_path):
     assert "60 samples could not be read or scored; the first 50 are shown" in page.text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_file_keeps_its_size(tmp_path, monkeypatch):
     monkeypatch.setattr("fastpie.report.write._PICTURES", 5_000)
     data = Images(corrupt=())
@@ -571,6 +587,7 @@ def test_importing_needs_neither_library():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_an_old_or_sparse_record_is_no_reason_to_stop(tmp_path):
     result = run(tmp_path, Images(n=8))
     record = json.loads((result.path / "run.json").read_text())
@@ -585,6 +602,7 @@ def column(result, name, table=None):
     return np.array((table or result.table).column(name).to_pylist())
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_ids_paths_notes_and_messages_are_hidden_unless_asked_for(tmp_path):
     data = Images(n=30, corrupt=(9,))
     data.paths = [f"/ward/Smith-{i}.png" for i in range(30)]
@@ -713,6 +731,7 @@ def test_heat_maps_of_the_hardest_lie_on_the_page(analysed):
     assert "The 5 hardest have heat maps" in page.text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_heat_maps_that_fail_become_a_note(analysed, tmp_path):
     dual, result, _, options, _ = analysed
     path = tmp_path / "x.html"
@@ -727,6 +746,7 @@ def test_heat_maps_that_fail_become_a_note(analysed, tmp_path):
     assert "3 heat maps could not be drawn: Expected `module` to name a module" in page.text
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_run_of_several_models(tmp_path):
     data = Images(n=12)
     duals = []

@@ -275,7 +275,7 @@ def _correlation(links: pa.Table | None) -> str:
     """The links from frequency to the first drop, in a line each."""
     said = []
     for row in [] if links is None else links.to_pylist():
-        if "drop" in f"{row['x']} {row['y']}" and row["value"] is not None:
+        if "first" in f"{row['x']} {row['y']}" and row["value"] is not None:
             between = ""
             if row["low"] is not None and row["high"] is not None:
                 between = f" ({row['low']:.2f} to {row['high']:.2f})"

@@ -67,20 +67,25 @@ class Identities:
         kind = _EXCEPTION.match(text or "")
         return f"{kind[0]} (message hidden)" if kind else "(message hidden)"
 
-    def save(self) -> Path | None:
+    def save(self) -> bool:
         """Write which pseudonym is whose into the run folder, where one is new.
 
-        Raises:
-            OSError: if it cannot be written.
+        Returns:
+            Whether it is written there: not of a run at a URL, or in a folder that lets nothing in.
         """
-        if self._path is None or len(self._names) == self._known:
-            return None
+        if self._path is None:
+            return False
+        if len(self._names) == self._known:
+            return True
         text = io.StringIO()
         writer = csv.writer(text)
         writer.writerow(["pseudonym", "sample_id"])
         writer.writerows((name, sample_id) for sample_id, name in self._names.items())
-        write_atomically(self._path, text.getvalue().encode())
-        return self._path
+        try:
+            write_atomically(self._path, text.getvalue().encode())
+        except OSError:
+            return False
+        return True
 
 
 def _random() -> str:

@@ -129,7 +129,6 @@ def write_report(
         )
     try:
         write_atomically(path, page)
-        identities.save()
     except OSError as error:
         raise FastpieError(f"Expected to write the report to {path}, but: {error}.") from error
     return path
@@ -259,12 +258,15 @@ def _errors(result: MiningResult, identities: Identities) -> list[dict[str, str]
 
 
 def _privacy(identities: Identities) -> str:
+    """Keep which pseudonym is whose, and say what is hidden."""
     if identities.shown:
         return "Sample ids, paths and notes are shown as they are: share this page with care."
+    known = f"{FILE} in the run folder says which is whose"
+    if not identities.save():
+        known = "which is whose is kept nowhere, as nothing can be written into the run folder"
     return (
         "Sample ids, paths, notes and messages of errors are hidden; samples have pseudonyms, and "
-        f"{FILE} in the run folder says which is whose. Pictures are shown as they are, with what is "
-        "written in them."
+        f"{known}. Pictures are shown as they are, with what is written in them."
     )
 
 

@@ -88,10 +88,11 @@ function update(keep) {
     const node = controls.get(f.key);
     const found = new Map();
     for (let i = 0; i < count; i++) if (passes(i, f.key)) for (const v of new Set(f.of(i))) found.set(v, (found.get(v) ?? 0) + 1);
+    const names = new Map(f.values);
     for (const option of node.options) {
       if (option.value === "") continue;
       const n = found.get(option.value) ?? 0;
-      option.textContent = `${f.values.find((v) => v[0] === option.value)[1]} (${n})`;
+      option.textContent = `${names.get(option.value)} (${n})`;
       option.hidden = n === 0 && state.chosen[f.key] !== option.value;
     }
     node.value = state.chosen[f.key] ?? "";
