@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpie._files import write_atomically
+from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 
 __all__ = ["FILE", "Identities"]
@@ -36,7 +37,7 @@ class Identities:
     def __init__(self, result: MiningResult, shown: bool) -> None:
         """Take the pseudonyms of earlier reports of the run, if it lies on this machine."""
         self.shown = shown
-        self._path = None if "://" in result.location else Path(result.location) / FILE
+        self._path = _file_of(result)
         self._names: dict[str, str] = {}
         self._known = 0
         if not shown and self._path is not None:
@@ -86,6 +87,13 @@ class Identities:
         except OSError:
             return False
         return True
+
+
+def _file_of(result: MiningResult) -> Path | None:
+    try:
+        return result.path / FILE
+    except FastpieError:  # at a URL
+        return None
 
 
 def _random() -> str:

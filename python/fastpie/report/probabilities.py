@@ -7,6 +7,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 from fastpie.report.columns import Columns
 
@@ -59,9 +60,10 @@ def probabilities(
 def _too_many(members: list[MiningResult], levels: int) -> bool:
     count = 0
     for member in members:
-        if "://" in member.location:
+        try:
+            part = next((member.path / "logits").glob("part-*.parquet"), None)
+        except FastpieError:  # at a URL
             return True
-        part = next((member.path / "logits").glob("part-*.parquet"), None)
         if part is not None:
             size = pq.read_schema(part).field("dense").type.list_size
             count = max(count, len(member) * size * (levels + 1))

@@ -23,9 +23,8 @@ from fastpie.mining.result import MiningResult
 
 __all__ = ["Pictures", "Sizes", "picture_of"]
 
-_LOSSLESS_SIDE = (
-    64  # up to here a PNG where it fits: the few pixels that there are stay as they are
-)
+# Up to here a PNG where it fits: the few pixels that there are stay as they are.
+_LOSSLESS_SIDE = 64
 _KIND = "webp" if features.check("webp") else "jpeg"
 # Longer side in pixels and quality, from the best to what can still be told apart.
 _STEPS = (

@@ -37,6 +37,7 @@ __all__ = ["write_report"]
 _SCRIPTS = ("samples", "selection", "grid", "filters", "detail", "files", "start")
 _MOST_BYTES = 20_000_000  # of the file
 _PICTURES = 10_000_000  # characters of all pictures together, if the rest leaves so many
+_SPARE = 1_500_000  # for the pictures that readers without JavaScript see once more
 _MOST_SAMPLES = 5_000
 _MOST_ERRORS = 50
 _MOST_DATA = 5_000  # rows of a plot's data
@@ -120,7 +121,7 @@ def write_report(
     data["tables"] = {plot["name"]: plot.pop("data") for plot in content["plots"]}
     content["data"] = _json(data)
     bare = template.render(**content, **_pictures(gallery, data, 0))
-    budget = min(_PICTURES, _MOST_BYTES - len(_encoded(bare)) - 500_000)
+    budget = min(_PICTURES, _MOST_BYTES - len(_encoded(bare)) - _SPARE)
     page = _encoded(template.render(**content, **_pictures(gallery, data, budget)))
     if len(page) >= _MOST_BYTES:
         raise FastpieError(

@@ -151,5 +151,11 @@ function show(i) {
   detail.focus();
   toAddress();
 }
-detail.addEventListener("close", () => { draw(); moveTo(cursor); grid.focus({ preventScroll: true }); toAddress(); });
+detail.addEventListener("close", () => {
+  toAddress();
+  const box = grid.getBoundingClientRect();
+  if (box.top > innerHeight || box.bottom < 0) return; // opened from the top of the page: stay there
+  moveTo(cursor);
+  grid.focus({ preventScroll: true });
+});
 for (const dialog of [detail, byId("help")]) dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });

@@ -42,14 +42,13 @@ function makeCard(i, place) {
     el("i", { "--p": `${p[1] / 10}%` }), el("i", { "--p": `${p[p.length - 1] / 10}%` }));
   const dots = el("span", { class: "dots" });
   for (const f of data.flags) {
-    if (["lost", "changed"].includes(f.key) && flagged.get("wrong")?.has(i)) continue; // one of these says it
-    if (f.key === "changed" && flagged.get("lost")?.has(i)) continue;
+    if (f.key === "changed" && flagged.get("lost")?.has(i)) continue; // it says so too
     if (flagged.get(f.key).has(i) && dots.children.length < 3) dots.append(el("span", { class: "dot", title: f.name, text: SHORT[f.key] }));
   }
   const card = el("div", {
     class: "card", role: "option", id: `card-${i}`, "aria-selected": String(ticks.has(i)),
     "aria-posinset": place + 1, "aria-setsize": order.length, "aria-label": describe(i),
-  }, box, el("div", { class: "body" }, el("div", { class: "name", title: name, text: name }), labels.length || data.labels ? says(i) : null, bars,
+  }, box, el("div", { class: "body" }, el("div", { class: "name", title: name, text: name }), labels.length || prunedOf(i) !== data.dense?.[i] ? says(i) : null, bars,
     el("div", { class: "foot" }, el("span", { class: "id", title: data.ids[i], text: data.ids[i] }), dots)));
   card.dataset.place = place;
   return card;
