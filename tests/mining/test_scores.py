@@ -295,3 +295,15 @@ def test_images_of_several_tensors(images: Any, samples: Any, tmp_path: Path) ->
     want = fastpie.disagreement(out.dense, out.pruned, torch.arange(5) % 3)
     np.testing.assert_allclose(table.column("js").to_numpy(), want["js"], atol=1e-5)
     np.testing.assert_allclose(table.column("damage").to_numpy(), want["damage"], atol=1e-5)
+
+
+def test_features_of_the_dense_model_alone(tmp_path, dual, labelled, images):
+    model = dual("normalised", [0.3, 0.7], features="conv1+bn2")
+    result = fastpie.mine(model, labelled(10), tmp_path / "run", keep_features="dense")
+    dense, pruned = result.features()
+    assert pruned.shape == (0, 10, 32)
+    with torch.no_grad():
+        np.testing.assert_allclose(dense, model(images(10)).features.dense, rtol=1e-3, atol=1e-5)
+    assert "feature_drift@0.7" in result.table.column_names
+    with pytest.raises(fastpie.FastpieError, match="True, False or 'dense', but got 'pruned'"):
+        fastpie.mine(model, labelled(10), tmp_path / "other", keep_features="pruned")

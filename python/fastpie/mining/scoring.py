@@ -18,7 +18,10 @@ from fastpie.mining.reading import Problem
 from fastpie.ops.disagreement import SCORES
 from fastpie.scores import disagreement
 
-__all__ = ["Scorer", "level_column"]
+__all__ = ["DENSE", "Scorer", "level_column"]
+
+DENSE = "dense"
+"""As `keep_features`: those of the dense model alone."""
 
 _OF_DENSE = ("margin_dense", "loss_dense")  # the same at every level
 _WITH_LABELS = ("loss_dense", "loss_pruned", "damage")
@@ -39,7 +42,7 @@ class Scorer:
         labelled: whether the samples have labels.
         output: key or index of the logits in a dict or tuple output, or None.
         keep_logits: whether to return the logits.
-        keep_features: whether to return the features.
+        keep_features: whether to return the features; "dense": of the dense model alone.
     """
 
     task: str
@@ -48,7 +51,7 @@ class Scorer:
     labelled: bool
     output: str | int | None = None
     keep_logits: bool = False
-    keep_features: bool = False
+    keep_features: bool | str = False
 
     @property
     def hardness(self) -> str:
@@ -122,6 +125,8 @@ class Scorer:
             drift = disagreement(of_dense, of_pruned, task="embedding")["drift"].float().cpu()
             self._per_level(columns, "feature_drift", drift.numpy()[:, index[keep].numpy()])
             if self.keep_features:
+                if self.keep_features == DENSE:
+                    of_pruned = of_pruned[:0]
                 kept["features"] = _pair(of_dense, of_pruned, index[keep])
         return keep.tolist(), columns, problems, kept
 
