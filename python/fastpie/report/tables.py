@@ -108,7 +108,7 @@ def without_identities(subgroups: pa.Table) -> pa.Table:
 def tables_of(analysis: Analysis) -> list[Table]:
     """The tables of an analysis but `curves` and `classes`, which are plots and a table of their own.
 
-    An interval is one column, and so is a p-value with its q.
+    An interval is one column.
     """
     found = []
     for name, (section, title) in _TITLES.items():
@@ -254,4 +254,6 @@ def _percent(value: float | None) -> Cell:
 def _number(value: float | None) -> Cell:
     if value is None or np.isnan(value):
         return Cell("–", None)
-    return Cell(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}", float(value))
+    # Sorted by a script that knows no "inf".
+    key = float(np.nan_to_num(value, posinf=1e300, neginf=-1e300))
+    return Cell(f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}", key)

@@ -53,16 +53,15 @@ function pictureColumn(i) {
     return side;
   }
   const stage = el("div");
-  const words = { picture: "picture", dense: "dense", pruned: "pruned", difference: "difference" };
   const buttons = el("div", { class: "maps", role: "group", "aria-label": "Heat map" });
   const choose = (which) => {
     view = which;
-    const said = `${describe(i)}; ${which === "picture" ? "no heat map" : `heat map: ${words[which]}`}`;
+    const said = `${describe(i)}; ${which === "picture" ? "no heat map" : `heat map: ${which}`}`;
     stage.replaceChildren(drawing(i, which, { class: "stage", alt: said }));
     for (const b of buttons.children) b.setAttribute("aria-pressed", String(b.dataset.map === which));
   };
-  for (const which of Object.keys(words)) {
-    const button = el("button", { type: "button", click: () => choose(which) }, drawing(i, which, { alt: "" }), words[which]);
+  for (const which of ["picture", "dense", "pruned", "difference"]) {
+    const button = el("button", { type: "button", click: () => choose(which) }, drawing(i, which, { alt: "" }), which);
     button.dataset.map = which;
     buttons.append(button);
   }
