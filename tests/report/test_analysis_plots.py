@@ -103,6 +103,25 @@ def test_subgroups_show_what_is_small_and_what_is_significant():
     assert ax.get_xscale() == "log"
 
 
+def test_of_many_subgroups_those_with_evidence_are_drawn():
+    n = 100
+    table = pa.table(
+        {
+            "attribute": ["sex"] * 10 + ["sex, age"] * 90,
+            "value": [str(i) for i in range(n)],
+            "odds_ratio": [50.0 if i % 3 == 0 else 1.5 for i in range(n)],
+            "low": [1.0] * n,
+            "high": [60.0] * n,
+            "p": [i / n for i in range(n)],
+            "q": [1.0] * n,
+            "small": [i % 3 == 0 for i in range(n)],
+        }
+    )
+    _, ax = group_plots.plot_subgroups(table)
+    names = [t.get_text().split(": ")[1] for t in ax.get_yticklabels()]
+    assert names == [str(i) for i in range(n) if i % 3][:40]
+
+
 def test_significant_levels_are_filled():
     _, ax = class_plots.plot_metrics(TABLES["levels"])
     filled = next(line for line in ax.lines if line.get_linestyle() == "None")

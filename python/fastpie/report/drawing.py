@@ -80,12 +80,12 @@ def numbers(table: pa.Table, name: str) -> np.ndarray:  # fp64 [N]
     return np.asarray(table.column(name).cast(pa.float64()).to_numpy(), dtype=np.float64)
 
 
-def plain(text: Any) -> str:
+def plain(text: Any, most: int = _MOST_CHARACTERS) -> str:
     """A short text on one line, in which matplotlib finds no formula."""
     words = " ".join(str(text).split())
     words = "".join(c for c in words if c.isprintable())
-    if len(words) > _MOST_CHARACTERS:
-        words = words[: _MOST_CHARACTERS - 1] + "…"
+    if len(words) > most:
+        words = words[: most - 1] + "…"
     return words.replace("$", r"\$")
 
 

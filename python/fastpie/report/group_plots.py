@@ -22,7 +22,6 @@ from fastpie.report.drawing import (
     numbers,
     plain,
     ramp,
-    strongest,
 )
 
 if TYPE_CHECKING:
@@ -39,23 +38,26 @@ _RATIOS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 def plot_subgroups(subgroups: pa.Table, *, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Odds ratio of being among the hardest for each subgroup, on a logarithmic axis.
 
-    Filled where q < .05, a cross for cells too small to tell; at most forty rows, the strongest.
+    Filled where q < .05, a cross for cells too small to tell. At most forty rows: the groups of one
+    attribute, then those of two, the lowest p first; small cells if there is room.
 
     Args:
         subgroups: of an analysis.
         ax: to draw on; by default a new figure.
     """
-    value = numbers(subgroups, "odds_ratio")
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log = np.log(value)
+    value, p = numbers(subgroups, "odds_ratio"), numbers(subgroups, "p")
     # An odds ratio of 0 or infinity (an empty cell) has no place on the axis; the table shows it.
-    rows = np.sort(strongest(log))
+    rows = np.flatnonzero(np.isfinite(value) & (value > 0))
+    tiny = np.array([v is True for v in subgroups.column("small").to_pylist()], bool)
+    pair = np.array(["," in str(v) for v in subgroups.column("attribute").to_pylist()], bool)
+    order = np.lexsort((np.nan_to_num(p[rows], nan=1.0), pair[rows], tiny[rows]))
+    rows = np.sort(rows[order][:MOST_ROWS])
     fig, ax = new_axes(ax, 1.1 + 0.23 * max(len(rows), 4))
     if not len(rows):
         return fig, nothing(ax, "subgroups")
     low, high, q = (numbers(subgroups, n)[rows] for n in ("low", "high", "q"))
     value = value[rows]
-    small = np.array([subgroups.column("small")[int(r)].as_py() is True for r in rows])
+    small = tiny[rows]
     bounds = np.concatenate([value, low[low > 0], high[np.isfinite(high)]])
     ax.set_xscale("log")
     # Not wider than a hundredfold: an interval that cannot tell anything would crush the others.
@@ -70,7 +72,7 @@ def plot_subgroups(subgroups: pa.Table, *, ax: Axes | None = None) -> tuple[Figu
     )
     ax.set_xlim(*limits)
     names = [
-        plain(f"{subgroups.column('attribute')[int(r)]}: {subgroups.column('value')[int(r)]}")
+        plain(f"{subgroups.column('attribute')[int(r)]}: {subgroups.column('value')[int(r)]}", 44)
         for r in rows
     ]
     name_rows(ax, names)
