@@ -9,9 +9,9 @@ from scipy.stats import rankdata
 import fastpie
 from fastpie.analysis import Predictions
 from fastpie.analysis.cleanlab_agreement import cleanlab_agreement, cleanlab_doubt
-from fastpie.analysis.doubt import label_in_doubt, label_margins, rank_mean
+from fastpie.analysis.doubt import label_in_doubt, label_margins
 from fastpie.analysis.folds import fold_predictions, fold_table
-from fastpie.analysis.neighbours import label_conflict
+from fastpie.analysis.probe import probe_margins
 from fastpie.errors import FastpieError
 
 N, C = 120, 3
@@ -51,32 +51,23 @@ def test_the_margin_over_the_levels_without_anything_else():
     margins = generator.normal(size=(3, N))
     doubt = label_in_doubt(score_table(labels, margins))
     np.testing.assert_allclose(score(doubt), rankdata(-margins.mean(0)) / N)
-    np.testing.assert_allclose(doubt.samples["doubt_margin"], -margins.mean(0))
-    assert doubt.samples["doubt_neighbours"].null_count == N
+    np.testing.assert_allclose(doubt.samples["label_margin"], margins.mean(0))
     assert doubt.samples["doubtful_class"].to_pylist() == [str(c) for c in labels]
     assert "the dense model and its levels" in doubt.formula
     assert not doubt.out_of_sample
 
 
-def test_neighbours_count_twice():
-    features, labels, _, generator = planted()
-    margins = generator.normal(size=(2, N))
-    doubt = label_in_doubt(score_table(labels, margins), features=features, metric="euclidean")
-    conflict = label_conflict(features, labels, metric="euclidean")
-    expected = (rankdata(-margins.mean(0)) + 2 * rankdata(conflict)) / (3 * N)
-    np.testing.assert_allclose(score(doubt), expected)
-    np.testing.assert_allclose(doubt.samples["doubt_neighbours"], conflict)
-
-
-def test_neighbours_find_wrong_labels_that_the_model_has_memorised():
+def test_the_probe_finds_wrong_labels_that_the_model_has_memorised():
     features, labels, _, _ = planted()
     margins = np.full((2, N), 5.0)  # nothing to see
     doubt = label_in_doubt(score_table(labels, margins), features=features)
     assert set(np.argsort(-score(doubt))[:4]) == set(WRONG)
+    np.testing.assert_allclose(doubt.samples["label_margin"], probe_margins(features, labels, C))
+    assert "probe" in doubt.formula
 
 
 def test_the_best_source_of_margins_is_taken():
-    _, labels, _, generator = planted()
+    features, labels, _, generator = planted()
     margins, committee, epochs, outside = (generator.normal(size=(4, N))[i] for i in range(4))
     table = score_table(labels, margins[None], margin_committee=committee)
     records = pa.table({"sample_id": table["sample_id"], "margin_dense_mean": epochs})
@@ -87,13 +78,14 @@ def test_the_best_source_of_margins_is_taken():
         return label_in_doubt(table, **sources)
 
     def same(doubt, source):
-        np.testing.assert_allclose(doubt.samples["doubt_margin"], -source)
+        np.testing.assert_allclose(doubt.samples["label_margin"], source)
 
     same(made(), committee)
     same(made(committee=margins * 2), margins * 2)
     same(made(epochs=records), epochs)
     same(made(epochs=records.rename_columns(["sample_id", "aum"])), epochs)
-    with_folds = made(epochs=records, out_of_sample=folds)
+    same(made(epochs=records, features=features), probe_margins(features, labels, C))
+    with_folds = made(epochs=records, features=features, out_of_sample=folds)
     same(with_folds, outside)
     assert with_folds.out_of_sample
     assert "out of sample" in with_folds.formula
@@ -105,9 +97,9 @@ def test_probabilities_out_of_sample():
     probabilities[np.arange(N), truth] = 0.9
     doubt = label_in_doubt(score_table(labels, np.ones((1, N))), out_of_sample=probabilities)
     assert set(np.argsort(-score(doubt))[:4]) == set(WRONG)
-    margins = doubt.samples["doubt_margin"].to_numpy()
-    np.testing.assert_allclose(margins[WRONG], 0.85)
-    np.testing.assert_allclose(np.delete(margins, WRONG), -0.85)
+    margins = doubt.samples["label_margin"].to_numpy()
+    np.testing.assert_allclose(margins[WRONG], -0.85)
+    np.testing.assert_allclose(np.delete(margins, WRONG), 0.85)
 
 
 def test_samples_that_a_source_does_not_know():
@@ -117,7 +109,8 @@ def test_samples_that_a_source_does_not_know():
     features[[3, 8]] = np.nan
     table = score_table(labels, margins)
     doubt = label_in_doubt(table, features=features)
-    assert doubt.samples["label_in_doubt"].is_null().to_pylist() == [i == 3 for i in range(N)]
+    nulls = doubt.samples["label_in_doubt"].is_null().to_pylist()
+    assert nulls == [i in (3, 8) for i in range(N)]
     assert doubt.samples["doubtful_class"][3].as_py() is None
     records = pa.table({"sample_id": table["sample_id"][10:], "aum": margins[0, 10:]})
     few = label_in_doubt(table, epochs=records)
@@ -136,12 +129,6 @@ def test_margins_of_arrays():
         torch.from_numpy(logits[:1]), torch.from_numpy(logits[:1]), torch.tensor([0])
     )
     assert table_of["margin_dense"].item() == margins[0, 0]
-
-
-def test_rank_mean():
-    a, b = np.array([3.0, 1.0, np.nan, 2.0, np.nan]), np.array([1.0, 1.0, 5.0, np.nan, np.nan])
-    expected = [(1 + 2 * 0.5) / 3, (1 / 3 + 2 * 0.5) / 3, 1, 2 / 3, np.nan]
-    np.testing.assert_allclose(rank_mean([(1, a), (2, b)]), expected)
 
 
 def several_labels():
@@ -198,16 +185,12 @@ def test_several_labels_from_the_score_table_alone():
     assert doubt.samples["doubtful_class"].null_count == 60
 
 
-def test_margins_of_samples_join_the_classes_of_neighbours():
+def test_the_probe_of_several_labels():
     table, _, wrong, truth = several_labels()
     labels = np.array(table["label"].to_pylist(), float)
-    doubt = label_in_doubt(table, features=truth * 2 - 1, metric="euclidean")
-    conflict = label_conflict(truth * 2 - 1, labels, metric="euclidean", task="multilabel")
-    worst = rank_mean([(1, conflict)])
-    margin = rankdata(-(table["margin_dense"].to_numpy() + table["margin_pruned"].to_numpy())) / 60
-    # The ranks of the classes' largest are ranked once more among the samples.
-    expected = (margin + 2 * rankdata(np.nanmax(worst, 1)) / 60) / 3
-    np.testing.assert_allclose(score(doubt), expected)
+    doubt = label_in_doubt(table, features=truth)
+    margins = probe_margins(truth, labels, 4)
+    np.testing.assert_allclose(score(doubt), rankdata(-np.nanmin(margins, 1)) / 60)
     classes = doubt.samples["doubtful_class"].to_pylist()
     assert all(classes[i] == str(c) for i, c in wrong.items())
 
@@ -275,7 +258,7 @@ def test_cleanlab_that_is_not_installed(monkeypatch):
             r"`out_of_sample` of shape \[120, C\], but got \[5, 3\]",
         ),
         ({"out_of_sample": np.zeros((N, 2))}, "with the classes of the labels"),
-        ({"features": np.zeros((5, 2))}, r"`labels` of shape \[5\] and numbers, but got \[120\]"),
+        ({"features": np.zeros((5, 2))}, "`features` of the 120 samples of the table, but got 5"),
         ({"epochs": pa.table({"sample_id": ["a"]})}, "`epochs` to have one of the columns"),
     ],
 )
@@ -336,16 +319,11 @@ def test_of_a_run(runs):
     run = runs[0]
     doubt = label_in_doubt(run)
     assert doubt.samples["sample_id"].to_pylist() == run.table["sample_id"].to_pylist()
-    np.testing.assert_allclose(
-        doubt.samples["doubt_neighbours"],
-        label_conflict(run.features()[0], run.table["label"].to_numpy()),
-    )
     from_table = label_in_doubt(run.table, features=run.features()[0])
     assert from_table.samples.equals(doubt.samples)
-    dense, pruned = run.logits()
     labels = run.table["label"].to_numpy()
-    margins = np.mean([label_margins(z, labels) for z in (dense, *pruned)], axis=0)
-    np.testing.assert_allclose(doubt.samples["doubt_margin"], -margins, atol=1e-5)
+    margins = probe_margins(run.features()[0], labels, C)
+    np.testing.assert_allclose(doubt.samples["label_margin"], margins)
 
 
 def test_folds_make_a_run_out_of_sample(runs):
@@ -371,8 +349,8 @@ def test_folds_make_a_run_out_of_sample(runs):
     )
     assert of_table.samples["label_in_doubt"].null_count == 1  # in no fold
     np.testing.assert_allclose(
-        of_table.samples["doubt_margin"].to_numpy(zero_copy_only=False),
-        of_predictions.samples["doubt_margin"].to_numpy(zero_copy_only=False),
+        of_table.samples["label_margin"].to_numpy(zero_copy_only=False),
+        of_predictions.samples["label_margin"].to_numpy(zero_copy_only=False),
         atol=1e-5,
     )
 

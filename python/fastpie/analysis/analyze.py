@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -119,9 +120,7 @@ def analyze(
 
     predictions = None
     if config["keep_logits"] and config["task"] in DEFAULT_DEFINITIONS:
-        predictions = Predictions.of_run(
-            run, class_names=class_names, train_counts=train_counts
-        )
+        predictions = Predictions.of_run(run, class_names=class_names, train_counts=train_counts)
         against = None if control is None else Predictions.of_run(control, class_names=class_names)
         chosen = analyze_predictions(
             predictions,
@@ -171,10 +170,8 @@ def analyze(
             out_of_sample=out_of_sample,
         )
         facts["label_in_doubt"] = doubt.formula
-        if predictions is not None:
-            tables["agreement"] = cleanlab_agreement(
-                doubt, predictions, fraction=fraction
-            )
+        if predictions is not None and importlib.util.find_spec("cleanlab") is not None:
+            tables["agreement"] = cleanlab_agreement(doubt, predictions, fraction=fraction)
     columns["hard"] = _column(hard)
     if hard is hardness:
         low, high = hardness_interval(hardness_values(run)[0], seed=seed)
@@ -186,13 +183,12 @@ def analyze(
         pa.nulls(len(table), pa.float64()) if doubt is None else doubt.samples["label_in_doubt"]
     )
     if doubt is not None:
-        columns["doubtful_class"] = doubt.samples["doubtful_class"]
+        for name in ("label_margin", "doubtful_class"):
+            columns[name] = doubt.samples[name]
     columns["atypical"] = pa.nulls(len(table), pa.float64()) if odd is None else _column(odd)
     places = quadrants(
         hard,
-        np.full(len(table), np.nan)
-        if doubt is None
-        else _numbers(doubt.samples, "label_in_doubt"),
+        np.full(len(table), np.nan) if doubt is None else _numbers(doubt.samples, "label_in_doubt"),
         odd,
         fraction=fraction,
     )
@@ -257,9 +253,7 @@ def analyze_predictions(
     dense, pruned = predictions.probabilities(), predictions.probabilities(level)
     if compat is not None:  # the script has fp32 probabilities
         dense, pruned = dense.astype(np.float32), pruned.astype(np.float32)
-    rows = exemplars(
-        dense, pruned, definition, fraction, task=predictions.task, compat=compat
-    )
+    rows = exemplars(dense, pruned, definition, fraction, task=predictions.task, compat=compat)
     tables: dict[str, pa.Table] = {}
     facts: dict[str, Any] = {
         "models": predictions.models, "samples": predictions.samples, "task": predictions.task,
@@ -338,9 +332,7 @@ def _conflict(run: MiningResult, features: np.ndarray) -> np.ndarray:  # fp64 [N
         labels = flat.reshape(run.table.num_rows, -1)
     else:
         labels = column.fill_null(-1).to_numpy()
-    found = label_conflict(
-        features, labels, _CONFLICT_NEIGHBOURS, metric="euclidean", task=task
-    )
+    found = label_conflict(features, labels, _CONFLICT_NEIGHBOURS, metric="euclidean", task=task)
     if found.ndim == 1:
         return found
     worst: np.ndarray = np.where(np.isnan(found), -np.inf, found).max(1, initial=-np.inf)

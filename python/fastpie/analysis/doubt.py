@@ -1,4 +1,4 @@
-"""*Label in doubt*: how likely a label is wrong, from margins and from neighbours."""
+"""*Label in doubt*: how likely a label is wrong, from the best margin at hand."""
 
 from __future__ import annotations
 
@@ -12,17 +12,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fastpie._extras import load_extra
-from fastpie.analysis.neighbours import known_labels, label_conflict, run_features
+from fastpie.analysis.neighbours import known_labels, run_features
 from fastpie.analysis.predictions import Predictions
+from fastpie.analysis.probe import probe_margins
 from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 
-__all__ = ["Doubt", "label_in_doubt", "label_margins", "rank_mean"]
+__all__ = ["Doubt", "label_in_doubt", "label_margins"]
 
-# How often each counts in the rank mean. Small residual networks on digits, 10 % of the labels wrong, AUROC for
-# them, conflict in the last feature map / in pooled features, with the margin over levels counted once: twice
-# .972 / .948 (memorised) and .934 / .838 (memorised, on a cluttered canvas), once .957 / .938 and .917 / .846.
-_CONFLICT_COUNTS, _MARGIN_COUNTS = 2, 1
 # The means over epochs that tables of a training bring, the first one found: `fastpie.mining.Recorder`'s name, others'.
 _EPOCH_COLUMNS = ("margin_dense_mean", "margin_mean", "aum")
 _COMMITTEE = "margin_committee"
@@ -34,10 +31,9 @@ class Doubt:
 
     Attributes:
         samples: one row a sample, in the order of the score table: `sample_id`, `label_in_doubt` (in
-            (0, 1], higher = more doubtful), `doubtful_class` (its name; of several labels the one
-            most in doubt), and what it is made of: `doubt_margin` (the negated margin) and
-            `doubt_neighbours` (`label_conflict`; multilabel: the highest of the classes). Null where
-            the run cannot tell.
+            (0, 1], its rank among the samples, higher = more doubtful), `doubtful_class` (its name; of
+            several labels the one most in doubt) and `label_margin` (the label's margin, of several
+            labels the lowest). Null where the run cannot tell.
         formula: in words.
         out_of_sample: whether the margins come from models that have not seen the label.
     """
@@ -55,45 +51,38 @@ def label_in_doubt(
     committee: Any = None,  # [N], multilabel also [N, C]
     epochs: pa.Table | None = None,
     out_of_sample: Any = None,  # [N, C] probabilities, Predictions or a score table
-    k: int = 5,
-    metric: str = "cosine",
 ) -> Doubt:
-    """Score how doubtful each label is, from what there is.
+    """Rank the labels by how little speaks for them, by the best margin at hand.
 
-    Two views, each ranked over the samples, and the mean of the ranks, the second counted twice:
+    In this order: *out of sample*, where such predictions are given; *the probe of all other samples*
+    (`probe_margins`), where features are at hand; the mean margin over the *epochs* of the training;
+    over a *committee* of copies with noise on their weights; over the dense model and its *levels*.
+    benchmarks/quality measures them: the probe in features of early stages finds wrong labels from one
+    checkpoint at least as well as five trainings out of sample. A model that has memorised its labels
+    gives wrong ones a margin too, and puts them right in its last features, so those of early stages
+    are wanted: `fastpie.dual.stage_features`.
 
-    - *the margin*, of the best kind at hand: out of sample; else the mean over the epochs of the
-      training; else the mean over a committee of perturbed copies; else the mean over the dense model
-      and its levels;
-    - *the neighbours*, where features are at hand: `label_conflict`.
-
-    A model that has memorised its labels gives wrong ones a margin too. What still tells there is how
-    its features lie, best in the last feature map *before* the global pooling, or a block earlier, not
-    in the pooled vector: mine with `features=` that module.
-
-    Multilabel: both views are taken of each class, ranked together, and a sample has the largest doubt
-    of its classes. A view that knows only samples (the score table without `predictions`, a table of
-    epochs, a committee's [N]) then joins the ranks of the samples.
+    Multilabel: margins are taken of each class, and a sample has the lowest of them. A source that
+    knows only samples (the score table without `predictions`, a table of epochs, a committee's [N])
+    gives no `doubtful_class`.
 
     Args:
         run: a run with labels, its folder, or its score table. Of a run, `features` and, for
             multilabel, `predictions` are taken where it kept them and they are not given.
         predictions: with logits or probabilities and labels of the same samples.
-        features: in the order of the table; see `label_conflict`.
-        committee: mean label margin over copies with perturbed weights; by default the column
+        features: in the order of the table.
+        committee: mean label margin over copies with noise on their weights; by default the column
             `margin_committee` where the table has one.
         epochs: table of a `fastpie.mining.Recorder`, or another with `sample_id` and `margin_mean` or
             `aum`.
         out_of_sample: of models that were trained without the sample: probabilities in the order of
             the table; or `Predictions` or a score table, joined by sample_id, see
             `fastpie.analysis.folds`.
-        k: neighbours of `label_conflict`.
-        metric: of the neighbours.
 
     Raises:
         FastpieError: without labels, or for arrays that do not fit the table.
     """
-    load_extra("scipy.stats", "analysis", "ranks")  # before the search, which can take long
+    stats = load_extra("scipy.stats", "analysis", "ranks")
     if not isinstance(run, pa.Table):
         run = run if isinstance(run, MiningResult) else MiningResult(run)
         config = run.record["config"]
@@ -108,29 +97,25 @@ def label_in_doubt(
             f"Expected `predictions` of the {len(run)} samples of the table, but got "
             f"{predictions.samples}."
         )
-    margins, source = _margins(run, task, labels, predictions, committee, epochs, out_of_sample)
-    views = [(_MARGIN_COUNTS, -margins)]
-    formula = f"rank of: label margin ({source}), negated"
-    conflict = np.full(len(run), np.nan)
-    if features is not None:
-        conflict = label_conflict(features, labels, k, metric=metric, task=task)
-        views.append((_CONFLICT_COUNTS, conflict))
-        formula = (
-            f"mean of the ranks of: label margin ({source}), negated; label_conflict of {k} and {k} "
-            f"neighbours ({metric}), counted {_CONFLICT_COUNTS} times"
-        )
-    score, classes = _combined(views, labels)
+    margins, source = _margins(
+        run, task, labels, predictions, features, committee, epochs, out_of_sample
+    )
+    lowest, classes = _lowest(margins, labels)
+    known = ~np.isnan(lowest)
+    ranks = np.full(len(lowest), np.nan)
+    ranks[known] = stats.rankdata(-lowest[known]) / max(1, known.sum())
     names = None if predictions is None else predictions.class_names
     samples = pa.table(
         {
             "sample_id": run.column("sample_id"),
-            "label_in_doubt": pa.array(score, from_pandas=True),
+            "label_in_doubt": pa.array(ranks, from_pandas=True),
             "doubtful_class": _names(classes, names),
-            "doubt_margin": pa.array(_worst(-margins)[0], from_pandas=True),
-            "doubt_neighbours": pa.array(_worst(conflict)[0], from_pandas=True),
+            "label_margin": pa.array(lowest, from_pandas=True),
         }
     )
-    return Doubt(samples, formula, out_of_sample is not None)
+    return Doubt(
+        samples, f"rank of the label's margin, negated: {source}", out_of_sample is not None
+    )
 
 
 def label_margins(
@@ -174,31 +159,6 @@ def label_margins(
     return np.where(known[:, 0] & np.isfinite(margins), margins, np.nan)
 
 
-def rank_mean(views: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
-    """Mean of ranks, weighted; higher = more doubtful in most views.
-
-    Args:
-        views: weights and arrays of one shape, higher = more doubtful.
-
-    Returns:
-        Of that shape, in (0, 1]: ranks as fractions of what is not NaN, average ranks for ties; where
-        a view has NaN the mean over the others; NaN where all have.
-    """
-    stats = load_extra("scipy.stats", "analysis", "ranks")
-    ranks = []
-    for _, values in views:
-        there = ~np.isnan(values)
-        of_view = np.full(values.shape, np.nan)
-        of_view[there] = stats.rankdata(values[there]) / max(1, there.sum())
-        ranks.append(of_view)
-    stacked = np.stack(ranks)
-    weights = np.array([w for w, _ in views]).reshape(-1, *(1,) * (stacked.ndim - 1))
-    weights = weights * ~np.isnan(stacked)
-    with np.errstate(invalid="ignore"):
-        mean: np.ndarray = np.nansum(stacked * weights, 0) / weights.sum(0)
-    return mean
-
-
 def _labels(table: pa.Table) -> tuple[str, np.ndarray]:
     """The task and the labels of a score table: int64 [N], or fp32 [N, C] with NaN."""
     if "label" not in table.column_names or "margin_dense" not in table.column_names:
@@ -218,6 +178,7 @@ def _margins(
     task: str,
     labels: np.ndarray,
     predictions: Predictions | None,
+    features: Any,
     committee: Any,
     epochs: pa.Table | None,
     out_of_sample: Any,
@@ -226,6 +187,13 @@ def _margins(
     ids = table.column("sample_id")
     if out_of_sample is not None:
         return _out_of_sample(out_of_sample, ids, labels, task), "out of sample"
+    if features is not None:
+        if len(features) != len(ids):
+            raise FastpieError(
+                f"Expected `features` of the {len(ids)} samples of the table, but got {len(features)}."
+            )
+        outputs = int(labels.max(initial=-1)) + 1 if predictions is None else predictions.classes
+        return probe_margins(features, labels, outputs), "of a probe by all other samples"
     if epochs is not None:
         for name in _EPOCH_COLUMNS:
             if name in epochs.column_names:
@@ -314,31 +282,16 @@ def _rows_of(table: pa.Table, of: pa.ChunkedArray, ids: pa.ChunkedArray) -> pa.T
     return table.take(pc.index_in(ids, of))
 
 
-def _combined(
-    views: Sequence[tuple[float, np.ndarray]], labels: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Score [N] and the class most in doubt [N], -1 for none."""
-    by_class = [view for view in views if view[1].ndim == 2]
-    by_sample = [view for view in views if view[1].ndim == 1]
-    if labels.ndim == 1:
-        score = rank_mean(views)
-        return score, np.where(np.isnan(score), -1, labels)
-    classes = np.full(len(labels), -1)
-    if by_class:
-        worst, classes = _worst(rank_mean(by_class))
-        by_sample.append((sum(weight for weight, _ in by_class), worst))
-    return rank_mean(by_sample), classes
-
-
-def _worst(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The largest of the classes [N] and which it is; NaN and -1 where there is none."""
-    if values.ndim == 1:
-        return values, np.full(len(values), -1)
-    filled = np.where(np.isnan(values), -np.inf, values)
-    which = filled.argmax(1)
-    worst = filled[np.arange(len(values)), which]
-    none = worst == -np.inf
-    return np.where(none, np.nan, worst), np.where(none, -1, which)
+def _lowest(margins: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest margin of each sample [N], NaN where none is known, and whose it is [N], -1 unknown."""
+    if margins.ndim == 1:
+        of_labels = np.full(len(margins), -1) if labels.ndim == 2 else labels
+        return margins, np.where(np.isnan(margins), -1, of_labels)
+    filled = np.where(np.isnan(margins), np.inf, margins)
+    which = filled.argmin(1)
+    lowest = filled[np.arange(len(filled)), which]
+    none = np.isinf(lowest)
+    return np.where(none, np.nan, lowest), np.where(none, -1, which)
 
 
 def _names(classes: np.ndarray, names: Sequence[str] | None) -> pa.Array:

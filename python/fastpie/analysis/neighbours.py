@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,11 @@ from fastpie.mining.run_folder import RunFolder
 
 __all__ = [
     "Neighbours", "atypical", "known_labels", "label_conflict", "nearest_neighbours", "neighbour_agreement",
-    "run_features",
+    "run_features", "standardised",
 ]  # fmt: skip
 
 _METRICS = ("cosine", "euclidean")
+_LEAST_SPREAD = 1e-8  # a column that varies less is a dead channel
 _LIBRARIES = ("fastpie", "faiss")
 _TASKS = ("multiclass", "multilabel")
 
@@ -129,6 +131,40 @@ def run_features(run: MiningResult | str | os.PathLike[str]) -> np.ndarray:  # f
                 norms = np.linalg.norm(block.astype(np.float64), axis=1, keepdims=True)
                 block = block / np.where(norms > 0, norms, 1)
             result[rows.filter(known).to_numpy(), place * width : (place + 1) * width] = block
+    return result
+
+
+def standardised(features: Any, widths: Sequence[int] | None = None) -> np.ndarray:  # fp32 [N, D]
+    """Columns of mean 0 and variance 1, and every stage of the same weight.
+
+    Columns of different stages have different sizes, and a late stage has more of them: unscaled
+    distances are those of a few columns. Columns that do not vary become 0; a row with a value that is
+    not finite stays so and takes no part in the others' scale.
+
+    Args:
+        features: [N, D].
+        widths: columns of each stage (`feature_widths` in `run.json`); None for one stage.
+
+    Raises:
+        FastpieError: for widths that do not sum to D.
+    """
+    x = np.asanyarray(features)
+    widths = [x.shape[1]] if widths is None else list(widths)
+    if sum(widths) != x.shape[1]:
+        raise FastpieError(
+            f"Expected `widths` that sum to the {x.shape[1]} columns, but got {widths}."
+        )
+    good = np.isfinite(x).all(1)
+    result = np.full(x.shape, np.nan, np.float32)
+    first = 0
+    for width in widths:
+        here = slice(first, first + width)
+        block = x[good, here].astype(np.float64)
+        if len(block):
+            spread = block.std(0)
+            scale = np.where(spread > _LEAST_SPREAD, spread, np.inf) * np.sqrt(width)
+            result[good, here] = (block - block.mean(0)) / scale
+        first += width
     return result
 
 

@@ -43,11 +43,12 @@ def _pies(analysis: Analysis) -> list[str]:
         return []
     compat = " as the public script of PruneCXR ranks them" if facts.get("compat") else ""
     models = "one model" if facts["models"] == 1 else f"{facts['models']} models"
-    return [
-        f"{facts['pies']:,} of {facts['samples']:,} samples ({facts['pies'] / max(1, facts['samples']):.1%}) "
-        f"are pruning-identified exemplars at sparsity {facts['sparsity']:g} by the definition "
-        f"{facts['definition']!r}{compat}, from {models}."
-    ]
+    count, of = facts["pies"], facts["samples"]
+    said = (
+        f"{count:,} of {of:,} samples ({count / max(1, of):.1%}) are pruning-identified exemplars at "
+        f"sparsity {facts['sparsity']:g} by the definition {facts['definition']!r}{compat}, from {models}."
+    )
+    return [said]
 
 
 def _levels(analysis: Analysis) -> list[str]:
@@ -100,12 +101,16 @@ def _links(analysis: Analysis) -> list[str]:
         if row["method"] != "spearman" or row["p"] is None or row["p"] >= _ALPHA:
             continue
         what: Callable[[float], str] | None = {
-            "first_drop": lambda r: "Rare classes are forgotten at lower sparsities"
-            if r > 0
-            else "Frequent classes are forgotten at lower sparsities",
-            "extreme_drop": lambda r: "Rare classes lose more at the highest sparsity"
-            if r > 0
-            else "Frequent classes lose more at the highest sparsity",
+            "first_drop": lambda r: (
+                "Rare classes are forgotten at lower sparsities"
+                if r > 0
+                else "Frequent classes are forgotten at lower sparsities"
+            ),
+            "extreme_drop": lambda r: (
+                "Rare classes lose more at the highest sparsity"
+                if r > 0
+                else "Frequent classes lose more at the highest sparsity"
+            ),
         }.get(row["y"])
         if row["x"] == "frequency_difference":
             sign = "less" if row["value"] > 0 else "more"
@@ -117,7 +122,9 @@ def _links(analysis: Analysis) -> list[str]:
             text = what(row["value"])
         else:
             continue
-        said.append(f"{text} (rank correlation {row['value']:.2f}{_interval(row)}, p {_p(row['p'])}).")
+        said.append(
+            f"{text} (rank correlation {row['value']:.2f}{_interval(row)}, p {_p(row['p'])})."
+        )
     return said
 
 
@@ -141,10 +148,11 @@ def _control(analysis: Analysis) -> list[str]:
     found = analysis.facts.get("control")
     if not found or found.get("own") is None:
         return []
-    return [
-        f"{found['own']:.0%} of the ranking by disagreement is pruning by magnitude's own; the rest comes "
-        "with random masks of the same size too."
-    ]
+    said = (
+        f"{found['own']:.0%} of the ranking by disagreement is pruning by magnitude's own; the rest "
+        "comes with random masks of the same size too."
+    )
+    return [said]
 
 
 def _images(analysis: Analysis) -> list[str]:

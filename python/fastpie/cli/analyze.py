@@ -27,7 +27,8 @@ ShowIds = Annotated[
     bool, typer.Option("--show-ids", help="Show sample ids, paths and free texts in the report.")
 ]
 HeatMaps = Annotated[
-    int, typer.Option(min=0, help="Of how many samples; needs the model that the run was made with.")
+    int,
+    typer.Option(min=0, help="Of how many samples; needs the model that the run was made with."),
 ]
 Thumbnails = Annotated[
     int, typer.Option(min=0, max=5000, help="Samples in the report's gallery at most.")
@@ -80,7 +81,7 @@ def analyze(
 ) -> None:
     """Say what a run found: tables, sentences, plots and a report."""
     import fastpie
-    from fastpie.analysis import analyze as analyze_run
+    from fastpie.analysis.analyze import analyze as analyze_run
 
     result = fastpie.MiningResult(run)
     dataset = _dataset(result)
@@ -183,7 +184,7 @@ def _write(
 
     class_names = None if dataset is None else dataset.class_names
     try:
-        write_plots(result, analysis, plots, class_names=class_names)
+        write_plots(result, analysis, plots)
         return write_report(
             result,
             analysis=analysis,
@@ -242,7 +243,9 @@ def _records(folder: Path) -> Any:
     try:
         return pq.read_table(path, partitioning=None)
     except (OSError, pa.ArrowException) as error:
-        raise FastpieError(f"Expected the records of a training at {path}, but: {error}.") from error
+        raise FastpieError(
+            f"Expected the records of a training at {path}, but: {error}."
+        ) from error
 
 
 def _train_counts(result: MiningResult, split: str) -> Any:
