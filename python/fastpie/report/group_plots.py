@@ -77,7 +77,8 @@ def plot_subgroups(subgroups: pa.Table, *, ax: Axes | None = None) -> tuple[Figu
     ]
     name_rows(ax, names)
     ax.axvline(1, color=GREY, linewidth=0.8)
-    ticks = [t for t in _RATIOS if limits[0] <= t <= limits[1]]
+    ratios = _RATIOS if limits[1] / limits[0] < 300 else _RATIOS[::3]  # powers of ten alone
+    ticks = [t for t in ratios if limits[0] <= t <= limits[1]]
     ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
     ax.set_xticks([], minor=True)
     ax.set_xlabel("odds ratio of being among the hardest (filled: q < .05, cross: small)")
