@@ -12,10 +12,10 @@ from fastpie.analysis.intervals import (
     correlation,
     median_interval,
     paired_drop,
-    q_values,
     resampled_interval,
     weighted_correlation,
 )
+from fastpie.analysis.significance import benjamini_hochberg
 
 
 def band(rate, repeats):
@@ -84,9 +84,9 @@ def test_paired_drop_where_nothing_varies():
 def test_q_values_are_scipys_without_what_is_unknown():
     p = np.array([0.04, np.nan, 0.01, 0.5])
     wanted = stats.false_discovery_control([0.04, 0.01, 0.5])
-    np.testing.assert_array_equal(q_values(p)[[0, 2, 3]], wanted)
-    assert np.isnan(q_values(p)[1])
-    assert np.isnan(q_values(np.full(2, np.nan))).all()
+    np.testing.assert_array_equal(benjamini_hochberg(p)[[0, 2, 3]], wanted)
+    assert np.isnan(benjamini_hochberg(p)[1])
+    assert np.isnan(benjamini_hochberg(np.full(2, np.nan))).all()
 
 
 @pytest.mark.parametrize("ties", [False, True])

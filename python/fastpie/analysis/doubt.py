@@ -192,8 +192,8 @@ def _margins(
             raise FastpieError(
                 f"Expected `features` of the {len(ids)} samples of the table, but got {len(features)}."
             )
-        outputs = int(labels.max(initial=-1)) + 1 if predictions is None else predictions.classes
-        return probe_margins(features, labels, outputs), "of a probe by all other samples"
+        margins = probe_margins(features, labels, _classes(labels, predictions))
+        return margins, "of a probe by all other samples"
     if epochs is not None:
         for name in _EPOCH_COLUMNS:
             if name in epochs.column_names:
@@ -214,6 +214,12 @@ def _margins(
     if task == "multilabel" and predictions is not None:
         return _levels(predictions, labels), "mean over the dense model and its levels"
     return _levels_of_table(table), "mean over the dense model and its levels"
+
+
+def _classes(labels: np.ndarray, predictions: Predictions | None) -> int:
+    if labels.ndim == 2:
+        return int(labels.shape[1])
+    return int(labels.max(initial=-1)) + 1 if predictions is None else predictions.classes
 
 
 def _out_of_sample(given: Any, ids: pa.ChunkedArray, labels: np.ndarray, task: str) -> np.ndarray:

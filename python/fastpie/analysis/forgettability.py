@@ -14,10 +14,10 @@ from fastpie.analysis.intervals import (
     correlation,
     median_interval,
     paired_drop,
-    q_values,
     resampled_interval,
 )
 from fastpie.analysis.metrics import METRICS, OVERALL, Measurement
+from fastpie.analysis.significance import benjamini_hochberg
 from fastpie.errors import FastpieError
 
 __all__ = ["changes", "class_changes", "curves", "first_significant", "levels", "links"]
@@ -57,7 +57,7 @@ def levels(measurement: Measurement) -> pa.Table:
         else:
             low, high = resampled_interval(values[0], resamples)
             p = _drop_of_one(values[0], resamples)
-        q = q_values(p)
+        q = benjamini_hochberg(p)
         nothing = [np.nan]
         parts.append(
             {

@@ -16,7 +16,6 @@ __all__ = [
     "correlation",
     "median_interval",
     "paired_drop",
-    "q_values",
     "resampled_interval",
     "t_interval",
 ]
@@ -130,16 +129,6 @@ def paired_drop(dense: np.ndarray, pruned: np.ndarray) -> np.ndarray:
     t = np.where((mean == 0) & (spread == 0), np.inf, t)
     p: np.ndarray = special.stdtr(len(change) - 1, t)
     return p
-
-
-def q_values(p: np.ndarray) -> np.ndarray:
-    """P-values after Benjamini-Hochberg (1995); NaN take no part and stay NaN."""
-    known = ~np.isnan(p)
-    q = np.full(p.shape, np.nan)
-    if known.any():
-        control = load_extra("scipy.stats", "analysis", "the correction for many tests")
-        q[known] = control.false_discovery_control(p[known])
-    return q
 
 
 def correlation(x: np.ndarray, y: np.ndarray, method: str, *, seed: int = 0) -> Estimate:
