@@ -23,6 +23,18 @@ def main() -> None:
                 if task == "multilabel":
                     labels = (torch.rand(5, classes, device="cuda") < 0.5).float()
                 ops.disagreement(dense, pruned, labels, task)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for classes in (1, 2, 5, 20):
+            for turned in (False, True):  # pixels side by side, classes side by side
+                pair = [
+                    torch.randn(*n, 3, classes, 4099, device="cuda", dtype=dtype)
+                    for n in ((), (5,))
+                ]
+                pair = [x.mT.contiguous().mT for x in pair] if turned else pair
+                ops.segmentation_disagreement(*pair)
+        for size in (1, 33, 2100):
+            pair = [torch.randn(*n, 5, size, device="cuda", dtype=dtype) for n in ((), (2,))]
+            ops.embedding_disagreement(*pair)
     ops.null(torch.randn(1001, device="cuda"))
     for shape in ((5, 33), (64, 40, 3, 3)):
         ops.pack_mask(torch.randint(0, 5, shape, device="cuda", dtype=torch.uint8), 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["torch_scores"]
+__all__ = ["torch_drift", "torch_ious", "torch_scores"]
 
 
 def torch_scores(dense: Tensor, pruned: Tensor, task: str) -> Tensor:
@@ -32,6 +32,32 @@ def torch_scores(dense: Tensor, pruned: Tensor, task: str) -> Tensor:
     unknown = torch.full_like(js, math.nan)
     scores = [js, kl, kl_reverse, spearman, flip.float(), *margins, drift, *[unknown] * 3]
     return torch.stack(scores)
+
+
+def torch_ious(dense: Tensor, pruned: Tensor) -> Tensor:  # [N, C, ...], [L, N, C, ...] -> [2, L, N]
+    """Hard and soft IoU of the foreground in plain fp32 PyTorch, as one would write it for speed."""
+    z, y = dense.float().flatten(2), pruned.float().flatten(3)
+    bad = z.isnan().flatten(1).any(-1) | y.isnan().flatten(2).any(-1)
+    if z.shape[1] == 1:
+        p, q = z.sigmoid(), y.sigmoid()
+        of_dense, of_pruned = (z > 0).squeeze(1).long(), (y > 0).squeeze(2).long()
+    else:
+        p, q = z.softmax(1)[:, 1:], y.softmax(2)[:, :, 1:]
+        of_dense, of_pruned = z.argmax(1), y.argmax(2)
+    lower = torch.minimum(p, q).flatten(2).sum(-1)
+    upper = torch.maximum(p, q).flatten(2).sum(-1)
+    both = ((of_dense == of_pruned) & (of_dense > 0)).sum(-1)
+    either = (of_dense > 0).sum(-1) + (of_pruned > 0).sum(-1) - both
+    soft = torch.where(upper > 0, lower / upper, 1.0)
+    hard = torch.where(either > 0, both / either, 1.0)
+    return torch.where(bad, torch.nan, torch.stack([hard, soft]))
+
+
+def torch_drift(dense: Tensor, pruned: Tensor) -> Tensor:  # [N, D], [L, N, D] -> [L, N]
+    """Drift of embeddings in plain fp32 PyTorch."""
+    z, y = functional.normalize(dense.float(), dim=-1), functional.normalize(pruned.float(), dim=-1)
+    drift: Tensor = torch.linalg.vector_norm(z - y, dim=-1)
+    return drift
 
 
 def _divergences(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@
 #include "cpu/parallel.h"
 #include "fastpie/alias_table.h"
 #include "fastpie/disagreement.h"
+#include "fastpie/embedding_disagreement.h"
 #include "fastpie/magnitude_levels.h"
 #include "fastpie/masked_conv.h"
 #include "fastpie/masked_conv_nhwc.h"
@@ -26,6 +27,7 @@
 #include "fastpie/null.h"
 #include "fastpie/pack_mask.h"
 #include "fastpie/relayout.h"
+#include "fastpie/segmentation_disagreement.h"
 #include "fastpie/sparse24.h"
 #include "fastpie/top_k.h"
 #ifdef FASTPIE_WITH_CUDA
@@ -99,6 +101,85 @@ void disagreement_cpu(std::uintptr_t dense, std::uintptr_t pruned, std::uintptr_
 DType dtype_of(int code) {
   if (code < 0 || code > 2) throw std::invalid_argument("Expected dtype to be 0, 1 or 2");
   return static_cast<DType>(code);
+}
+
+template <std::size_t kCount>
+void copy_strides(const std::array<std::int64_t, kCount>& from, std::int64_t (&to)[kCount]) {
+  for (std::size_t i = 0; i < kCount; ++i) to[i] = from[i];
+}
+
+// `sizes` are levels, images, classes, pixels.
+SegmentationDisagreementArgs segmentation_disagreement_args(
+    std::uintptr_t dense, const std::array<std::int64_t, 3>& dense_strides, std::uintptr_t pruned,
+    const std::array<std::int64_t, 4>& pruned_strides, std::uintptr_t partials, std::uintptr_t out,
+    int dtype, const std::array<std::int64_t, 4>& sizes) {
+  if (sizes[0] < 0 || sizes[1] < 0 || sizes[2] < 1 || sizes[3] < 0) {
+    throw std::invalid_argument("Expected classes >= 1 and no negative size");
+  }
+  SegmentationDisagreementArgs args{};
+  args.dense = pointer<const void>(dense);
+  args.pruned = pointer<const void>(pruned);
+  args.partials = pointer<IouPartial>(partials);
+  args.out = pointer<float>(out);
+  args.dtype = dtype_of(dtype);
+  args.levels = sizes[0];
+  args.images = sizes[1];
+  args.classes = sizes[2];
+  args.pixels = sizes[3];
+  copy_strides(dense_strides, args.dense_strides);
+  copy_strides(pruned_strides, args.pruned_strides);
+  return args;
+}
+
+// Bytes of `partials`.
+std::int64_t segmentation_disagreement_workspace(std::int64_t levels, std::int64_t images,
+                                                 std::int64_t pixels) {
+  return static_cast<std::int64_t>(sizeof(IouPartial)) * levels * images * iou_chunks(pixels);
+}
+
+void segmentation_disagreement_cpu(std::uintptr_t dense,
+                                   const std::array<std::int64_t, 3>& dense_strides,
+                                   std::uintptr_t pruned,
+                                   const std::array<std::int64_t, 4>& pruned_strides,
+                                   std::uintptr_t partials, std::uintptr_t out, int dtype,
+                                   const std::array<std::int64_t, 4>& sizes, int threads) {
+  const auto args = segmentation_disagreement_args(dense, dense_strides, pruned, pruned_strides,
+                                                   partials, out, dtype, sizes);
+  py::gil_scoped_release release;
+  check(cpu::segmentation_disagreement(args, threads));
+}
+
+// `sizes` are levels, rows, size.
+EmbeddingDisagreementArgs embedding_disagreement_args(
+    std::uintptr_t dense, const std::array<std::int64_t, 2>& dense_strides, std::uintptr_t pruned,
+    const std::array<std::int64_t, 3>& pruned_strides, std::uintptr_t out, int dtype,
+    const std::array<std::int64_t, 3>& sizes) {
+  if (sizes[0] < 0 || sizes[1] < 0 || sizes[2] < 0) {
+    throw std::invalid_argument("Expected no negative size");
+  }
+  EmbeddingDisagreementArgs args{};
+  args.dense = pointer<const void>(dense);
+  args.pruned = pointer<const void>(pruned);
+  args.out = pointer<float>(out);
+  args.dtype = dtype_of(dtype);
+  args.levels = sizes[0];
+  args.rows = sizes[1];
+  args.size = sizes[2];
+  copy_strides(dense_strides, args.dense_strides);
+  copy_strides(pruned_strides, args.pruned_strides);
+  return args;
+}
+
+void embedding_disagreement_cpu(std::uintptr_t dense,
+                                const std::array<std::int64_t, 2>& dense_strides,
+                                std::uintptr_t pruned,
+                                const std::array<std::int64_t, 3>& pruned_strides,
+                                std::uintptr_t out, int dtype,
+                                const std::array<std::int64_t, 3>& sizes, int threads) {
+  const auto args =
+      embedding_disagreement_args(dense, dense_strides, pruned, pruned_strides, out, dtype, sizes);
+  py::gil_scoped_release release;
+  check(cpu::embedding_disagreement(args, threads));
 }
 
 Activation activation_of(int kind, float slope) {
@@ -417,6 +498,28 @@ void disagreement_cuda(std::uintptr_t dense, std::uintptr_t pruned, std::uintptr
   check(cuda::disagreement(args, pointer<void>(stream)));
 }
 
+void segmentation_disagreement_cuda(
+    std::uintptr_t dense, const std::array<std::int64_t, 3>& dense_strides, std::uintptr_t pruned,
+    const std::array<std::int64_t, 4>& pruned_strides, std::uintptr_t partials, std::uintptr_t out,
+    int dtype, const std::array<std::int64_t, 4>& sizes, std::uintptr_t stream) {
+  const auto args = segmentation_disagreement_args(dense, dense_strides, pruned, pruned_strides,
+                                                   partials, out, dtype, sizes);
+  py::gil_scoped_release release;
+  check(cuda::segmentation_disagreement(args, pointer<void>(stream)));
+}
+
+void embedding_disagreement_cuda(std::uintptr_t dense,
+                                 const std::array<std::int64_t, 2>& dense_strides,
+                                 std::uintptr_t pruned,
+                                 const std::array<std::int64_t, 3>& pruned_strides,
+                                 std::uintptr_t out, int dtype,
+                                 const std::array<std::int64_t, 3>& sizes, std::uintptr_t stream) {
+  const auto args =
+      embedding_disagreement_args(dense, dense_strides, pruned, pruned_strides, out, dtype, sizes);
+  py::gil_scoped_release release;
+  check(cuda::embedding_disagreement(args, pointer<void>(stream)));
+}
+
 void pack_mask_cuda(std::uintptr_t codes, std::uintptr_t words, const Three& sizes, int level,
                     std::uintptr_t stream) {
   const PackMaskArgs args = pack_mask_args(codes, words, sizes, level);
@@ -560,6 +663,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("has_openmp_runtime", &cpu::has_openmp_runtime);
   m.def("null_cpu", &null_cpu);
   m.def("disagreement_cpu", &disagreement_cpu);
+  m.def("embedding_disagreement_cpu", &embedding_disagreement_cpu);
+  m.def("segmentation_disagreement_cpu", &segmentation_disagreement_cpu);
+  m.def("segmentation_disagreement_workspace", &segmentation_disagreement_workspace);
   m.def("masked_conv_cpu", &masked_conv_cpu);
   m.def("masked_conv_chain_cpu", &masked_conv_chain_cpu);
   m.def("masked_conv_weight_gradient_cpu", &masked_conv_weight_gradient_cpu);
@@ -579,6 +685,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("null_cuda", &null_cuda);
   m.def("sparse24_conv_cuda", &sparse24_conv_cuda);
   m.def("disagreement_cuda", &disagreement_cuda);
+  m.def("embedding_disagreement_cuda", &embedding_disagreement_cuda);
+  m.def("segmentation_disagreement_cuda", &segmentation_disagreement_cuda);
   m.def("magnitude_levels_cuda", &magnitude_levels_cuda);
   m.def("magnitude_levels_workspace", &cuda::magnitude_levels_workspace);
   m.def("normalize_uint8_cuda", &normalize_uint8_cuda);

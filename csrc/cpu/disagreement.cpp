@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "element.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -24,39 +25,6 @@ constexpr int kRadixPasses = 3;
 constexpr int kRadixSize = 1 << kRadixBits;
 
 // ---------------------------------------------------------------------------- reading logits
-
-inline float to_float(float x) { return x; }
-
-struct BFloat16 {
-  std::uint16_t bits;
-};
-inline float to_float(BFloat16 x) {
-  const std::uint32_t bits = static_cast<std::uint32_t>(x.bits) << 16;
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-struct Float16 {
-  std::uint16_t bits;
-};
-inline float to_float(Float16 x) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
-  const std::uint32_t rest = x.bits & 0x7fffu;
-  std::uint32_t bits;
-  if (rest >= 0x7c00u) {  // infinity and NaN
-    bits = sign | 0x7f800000u | ((rest & 0x3ffu) << 13);
-  } else if (rest >= 0x0400u) {
-    bits = sign | ((rest << 13) + 0x38000000u);
-  } else {  // subnormal: rest * 2^-24, exact in fp32
-    const float value = static_cast<float>(rest) * 5.9604644775390625e-08f;
-    __builtin_memcpy(&bits, &value, sizeof(bits));
-    bits |= sign;
-  }
-  float value;
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return value;
-}
 
 template <typename T>
 void load_rows(const void* base, std::int64_t row_stride, std::int64_t first, int valid,

@@ -3,11 +3,13 @@
 #include <cstring>
 
 #include "fastpie/disagreement.h"
+#include "fastpie/embedding_disagreement.h"
 #include "fastpie/masked_conv.h"
 #include "fastpie/max_pool.h"
 #include "fastpie/null.h"
 #include "fastpie/pack_mask.h"
 #include "fastpie/relayout.h"
+#include "fastpie/segmentation_disagreement.h"
 #include "isa.h"
 
 namespace fastpie::cpu {
@@ -16,12 +18,14 @@ namespace fastpie::cpu {
 #define FASTPIE_FOR_EACH_KERNEL(X)                             \
   X(null, NullArgs)                                            \
   X(disagreement, DisagreementArgs)                            \
+  X(embedding_disagreement, EmbeddingDisagreementArgs)         \
   X(masked_conv, MaskedConvArgs)                               \
   X(masked_conv_chain, MaskedConvChainArgs)                    \
   X(masked_conv_weight_gradient, MaskedConvWeightGradientArgs) \
   X(max_pool, MaxPoolArgs)                                     \
   X(pack_mask, PackMaskArgs)                                   \
-  X(relayout, RelayoutArgs)
+  X(relayout, RelayoutArgs)                                    \
+  X(segmentation_disagreement, SegmentationDisagreementArgs)
 
 #define FASTPIE_DECLARE_KERNEL(name, Args) Status name(const Args& args, int threads);
 #define FASTPIE_DECLARE_KERNELS(isa)              \

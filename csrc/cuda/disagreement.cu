@@ -9,13 +9,13 @@
 // Arithmetic is fp32 (rank sums are exact integers). What the CPU gets from fp64 comes here from
 // formulas without cancellation, see `Divergence`; only the last few operations on one row's
 // margin and losses are in fp64, because logits near the largest float overflow there.
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cfloat>
 #include <climits>
 #include <cstring>
 
+#include "cuda/element.h"
 #include "fastpie/disagreement.h"
 
 namespace fastpie::cuda {
@@ -33,16 +33,6 @@ constexpr int kTile = 128;  // keys that a warp sorts in registers, four per lan
 
 // ---------------------------------------------------------------------------- reading logits
 
-struct BFloat16 {
-  std::uint16_t bits;
-};
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(BFloat16 x) {
-  return __uint_as_float(static_cast<unsigned>(x.bits) << 16);
-}
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
 // -0 becomes +0, so that the two tie.
 template <typename T>
 __device__ __forceinline__ float load(const T* row, std::int64_t c) {
@@ -52,7 +42,7 @@ __device__ __forceinline__ float load(const T* row, std::int64_t c) {
 __device__ float load(const DisagreementArgs& args, const void* base, std::int64_t index) {
   switch (args.dtype) {
     case DType::kBFloat16:
-      return load(static_cast<const BFloat16*>(base), index);
+      return load(static_cast<const BFloat16Bits*>(base), index);
     case DType::kFloat16:
       return load(static_cast<const __half*>(base), index);
     default:
@@ -874,7 +864,7 @@ Status disagreement(const DisagreementArgs& args, void* stream) {
     case DType::kFloat32:
       return launch_row<float>(args, stream);
     case DType::kBFloat16:
-      return launch_row<BFloat16>(args, stream);
+      return launch_row<BFloat16Bits>(args, stream);
     case DType::kFloat16:
       return launch_row<__half>(args, stream);
   }

@@ -45,6 +45,53 @@ def disagreement_cuda(
     pruned_row_stride: int,
     stream: int,
 ) -> None: ...
+def segmentation_disagreement_workspace(levels: int, images: int, pixels: int, /) -> int: ...
+def segmentation_disagreement_cpu(
+    dense: int,
+    dense_strides: tuple[int, ...],
+    pruned: int,
+    pruned_strides: tuple[int, ...],
+    partials: int,
+    out: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    threads: int,
+    /,
+) -> None: ...
+def segmentation_disagreement_cuda(
+    dense: int,
+    dense_strides: tuple[int, ...],
+    pruned: int,
+    pruned_strides: tuple[int, ...],
+    partials: int,
+    out: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    stream: int,
+    /,
+) -> None: ...
+def embedding_disagreement_cpu(
+    dense: int,
+    dense_strides: tuple[int, ...],
+    pruned: int,
+    pruned_strides: tuple[int, ...],
+    out: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    threads: int,
+    /,
+) -> None: ...
+def embedding_disagreement_cuda(
+    dense: int,
+    dense_strides: tuple[int, ...],
+    pruned: int,
+    pruned_strides: tuple[int, ...],
+    out: int,
+    dtype: int,
+    sizes: tuple[int, ...],
+    stream: int,
+    /,
+) -> None: ...
 def top_k_update_cuda(
     values: int,
     ids: int,

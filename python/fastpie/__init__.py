@@ -11,7 +11,7 @@ from fastpie.pruning import Masks, prune
 from fastpie.scores import disagreement
 
 if TYPE_CHECKING:
-    from fastpie import training
+    from fastpie import mining, training
     from fastpie.mining import MiningResult, mine, pie
     from fastpie.training import HardnessSampler
 
@@ -25,6 +25,7 @@ __all__ = [
     "MiningResult",
     "disagreement",
     "mine",
+    "mining",
     "nn",
     "ops",
     "pie",
@@ -40,7 +41,7 @@ _LAZY = {
     "mine": "fastpie.mining",
     "pie": "fastpie.mining",
 }
-_LAZY_MODULES = ("training",)
+_LAZY_MODULES = ("mining", "training")
 
 
 def __getattr__(name: str) -> Any:

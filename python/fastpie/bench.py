@@ -274,7 +274,7 @@ def plot_bench(result: dict[str, Any], *, ax: Axes | None = None) -> tuple[Figur
         ax: to draw on; by default a new figure.
     """
     from fastpie._extras import load_extra
-    from fastpie.report.plots import DENSE, PRUNED
+    from fastpie.report.drawing import DENSE, PRUNED
 
     if ax is None:
         figure = load_extra("matplotlib.figure", "report", "a plot").Figure(

@@ -110,19 +110,32 @@ class Images(torch.utils.data.Dataset):
 def test_a_run_gives_sample_ids_and_follows_the_level(tmp_path):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
-    dual = fastpie.DualModel(model, fastpie.prune(model, [0.3, 0.8]))
-    run = fastpie.mine(dual, Images(), tmp_path / "run", keep_logits=True, progress=False)
+    dual = fastpie.DualModel(model, fastpie.prune(model, [0.3, 0.8]), features="1")
+    run = fastpie.mine(
+        dual, Images(), tmp_path / "run", keep_logits=True, keep_features=True, progress=False
+    )
     images = torch.stack([Images()[i][0] for i in range(60)])
     with torch.no_grad():
         out = dual.eval()(images)
     for level, sparsity in enumerate([0.3, 0.8]):
         arrays = (out.dense.softmax(-1), out.pruned[level].softmax(-1))
-        for definition in ("spearman", "modal", "vote"):
+        for definition in ("spearman", "modal", "vote", "taxicab", "js", "margin", "flip"):
             expected = {Images.sample_ids[i] for i in fastpie.pie(arrays, definition, 0.2)}
             assert set(fastpie.pie(run, definition, 0.2, sparsity=sparsity)) == expected
+        features = (out.features[0], out.features[1][level])
+        expected = {Images.sample_ids[i] for i in fastpie.pie(features, "drift", 0.2)}
+        assert set(fastpie.pie(run, "drift", 0.2, sparsity=sparsity)) == expected
+        # As the public script: averaged, and here given, in fp32.
+        kept = (x.softmax(-1) for x in map(torch.from_numpy, run.logits()))
+        dense, pruned = (x.numpy() for x in kept)
+        rows = fastpie.pie((dense, pruned[level]), fraction=0.2, compat="prunecxr")
+        ids = fastpie.pie(run, fraction=0.2, sparsity=sparsity, compat="prunecxr")
+        assert ids == [Images.sample_ids[i] for i in rows]
     assert fastpie.pie(run, "modal") == fastpie.pie(run, "modal", sparsity=0.8)
     with pytest.raises(fastpie.FastpieError, match="sparsity"):
         fastpie.pie(run, sparsity=0.5)
+    with pytest.raises(fastpie.FastpieError, match=r"but got 0\.9"):
+        fastpie.pie(run, compat="prunecxr")  # the script's level
 
 
 def test_a_run_without_logits_is_refused(tmp_path):
@@ -131,3 +144,35 @@ def test_a_run_without_logits_is_refused(tmp_path):
     run = fastpie.mine(model, Images(), tmp_path / "run", progress=False)
     with pytest.raises(fastpie.FastpieError, match="keep_logits"):
         fastpie.pie(run)
+    with pytest.raises(fastpie.FastpieError, match="keep_features"):
+        fastpie.pie(run, "drift")
+
+
+class Embedder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 8)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_drift_of_an_embedding_run_is_that_of_its_outputs(tmp_path):
+    torch.manual_seed(0)
+    dual = fastpie.DualModel(model := Embedder(), fastpie.prune(model, 0.5))
+    images = [(Images()[i][0],) for i in range(60)]
+    run = fastpie.mine(
+        dual,
+        images,
+        tmp_path / "run",
+        task="embedding",
+        sample_ids=Images.sample_ids,
+        keep_logits=True,
+        progress=False,
+    )
+    drift = run.table.column("drift").to_numpy()
+    ids = run.table.column("sample_id").to_pylist()
+    chosen = fastpie.pie(run, "drift", 0.2)
+    assert [ids.index(i) for i in chosen] == np.argsort(-drift, kind="stable")[:12].tolist()
+    with pytest.raises(fastpie.FastpieError, match="classifier"):
+        fastpie.pie(run, "js")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpie
+from fastpie.mining.scoring import Scorer
 
 LADDER = [0.2, 0.5, 0.8]
 Dual = Callable[..., fastpie.DualModel]
@@ -150,6 +151,25 @@ def test_embedding(
         check_row(rows[sample_id], scores, sparsity if isinstance(sparsity, list) else None)
         hard = scores["drift"].double().mean().item()
         assert rows[sample_id]["hardness"] == pytest.approx(hard, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize(("task", "shape"), [("segmentation", (3, 4, 4)), ("embedding", (6,))])
+def test_outputs_without_a_score_are_problems(
+    task: str, shape: tuple[int, ...], value: float
+) -> None:
+    dense, pruned = torch.randn(4, *shape), torch.randn(2, 4, *shape)
+    dense[1, ..., 0] = value  # of every class: -inf alone is a class of probability zero
+    pruned[1, 2, ..., 0] = value
+    scorer = Scorer(task, [0.3, 0.5], is_ladder=True, labelled=False)
+    out = fastpie.DualOutput(dense, pruned, None)
+    keep, columns, problems, _ = scorer.score(out, None, range(10, 14), range(4))
+    assert keep == [0, 3]
+    assert [(p.position, p.stage) for p in problems] == [(11, "score"), (12, "score")]
+    assert np.isfinite(columns["hardness"]).all()
+    want = fastpie.disagreement(dense[keep], pruned[:, keep], task=task)
+    for name, score in want.items():
+        np.testing.assert_array_equal(columns[f"{name}@0.5"], score[1])
 
 
 @pytest.mark.parametrize("task", ["segmentation", "embedding"])
@@ -295,3 +315,16 @@ def test_images_of_several_tensors(images: Any, samples: Any, tmp_path: Path) ->
     want = fastpie.disagreement(out.dense, out.pruned, torch.arange(5) % 3)
     np.testing.assert_allclose(table.column("js").to_numpy(), want["js"], atol=1e-5)
     np.testing.assert_allclose(table.column("damage").to_numpy(), want["damage"], atol=1e-5)
+
+
+def test_features_of_the_dense_model_alone(tmp_path, dual, labelled, images):
+    model = dual("normalised", [0.3, 0.7], features="conv1+bn2")
+    result = fastpie.mine(model, labelled(10), tmp_path / "run", keep_features="dense")
+    dense, pruned = result.features()
+    assert pruned.shape == (0, 10, 32)
+    assert result.record["feature_widths"] == [16, 16]
+    with torch.no_grad():
+        np.testing.assert_allclose(dense, model(images(10)).features.dense, rtol=1e-3, atol=1e-5)
+    assert "feature_drift@0.7" in result.table.column_names
+    with pytest.raises(fastpie.FastpieError, match="True, False or 'dense', but got 'pruned'"):
+        fastpie.mine(model, labelled(10), tmp_path / "other", keep_features="pruned")

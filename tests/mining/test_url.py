@@ -240,7 +240,12 @@ def test_a_report_of_a_run_at_a_url_needs_a_file(
     result = fastpie.mine(dual(), labelled(9), url, batch_size=4)
     with pytest.raises(FastpieError, match=f"run on this machine, but it is at {url}: copy it"):
         write_report(result)
-    page = write_report(result, tmp_path / "report.html", dataset=labelled(9)).read_text()
+    path = tmp_path / "report.html"
+    page = write_report(result, path, dataset=labelled(9)).read_text()
+    assert url not in page
+    assert "which is whose is kept nowhere" in page
+    assert "s00" not in page
+    page = write_report(result, path, dataset=labelled(9), show_ids=True).read_text()
     assert url in page
     assert "<title>run" in page
 

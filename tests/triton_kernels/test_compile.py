@@ -26,7 +26,9 @@ pytestmark = pytest.mark.triton_compile
 
 # The functions of the package hide the modules of the same name.
 kernels = importlib.import_module("fastpie.triton_kernels.disagreement")
+embedding = importlib.import_module("fastpie.triton_kernels.embedding_disagreement")
 null = importlib.import_module("fastpie.triton_kernels.null")
+segmentation = importlib.import_module("fastpie.triton_kernels.segmentation_disagreement")
 top_k = importlib.import_module("fastpie.triton_kernels.top_k")
 
 
@@ -87,10 +89,46 @@ def test_null_compiles(tmp_path: Path) -> None:
     assert _resources(compiled.asm["cubin"], tmp_path)["STACK"] == 0
 
 
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_segmentation_disagreement_compiles(dtype: str, single: bool, tmp_path: Path) -> None:
+    arguments = {"dense": f"*{dtype}", "pruned": f"*{dtype}", "partials": "*fp64"}
+    arguments |= dict.fromkeys(["levels", "images", "foreground", "pixels", "blocks"], "i32")
+    strides = ["dense_image", "dense_class", "dense_pixel", "pruned_level", "pruned_image"]
+    strides += ["pruned_class", "pruned_pixel"]
+    arguments |= {f"{name}_stride": "i64" for name in strides}
+    constants = {"SINGLE": single, "BLOCK": segmentation.BLOCK}
+    compiled = _compile(segmentation.segmentation_disagreement_kernel, arguments, constants)
+    resources = _resources(compiled.asm["cubin"], tmp_path)
+    assert resources["STACK"] == resources["LOCAL"] == 0
+    assert resources["REG"] <= 168  # three blocks on a multiprocessor
+
+
+@pytest.mark.parametrize("size", [1, 512, 4096])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_embedding_disagreement_compiles(dtype: str, size: int, tmp_path: Path) -> None:
+    arguments = {"dense": f"*{dtype}", "pruned": f"*{dtype}", "out": "*fp32"}
+    arguments |= dict.fromkeys(["levels", "rows", "size"], "i32")
+    strides = ["dense_row", "dense", "pruned_level", "pruned_row", "pruned"]
+    arguments |= {f"{name}_stride": "i64" for name in strides}
+    kernel = embedding.embedding_disagreement_kernel
+    compiled = _compile(kernel, arguments, embedding.launch_options(size))
+    resources = _resources(compiled.asm["cubin"], tmp_path)
+    assert resources["STACK"] == resources["LOCAL"] == 0
+    assert resources["REG"] <= 128
+    # Equal rows give exactly 0 only where no product is contracted with the difference.
+    assert "fma.rn.f64" not in compiled.asm["ptx"].split("sqrt.rn.f64")[1]
+
+
 def test_what_changes_with_the_batch_is_not_specialised() -> None:
     for kernel in (kernels.tile_kernel, kernels.chunk_kernel):
         free = {p.name for p in kernel.params if p.do_not_specialize}
         assert free == {"levels", "rows", "pruned_level_stride"}
+    free = {p.name for p in embedding.embedding_disagreement_kernel.params if p.do_not_specialize}
+    assert free == {"levels", "rows", "pruned_level_stride"}
+    kernel = segmentation.segmentation_disagreement_kernel
+    free = {p.name for p in kernel.params if p.do_not_specialize}
+    assert free == {"levels", "images", "pruned_level_stride"}
 
 
 @pytest.mark.parametrize("with_ids", [True, False])

@@ -19,6 +19,8 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs in a process with TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="the package triton is not installed")
 
+import embedding_cases
+import segmentation_cases
 import top_k_cases
 from disagreement_cases import KINDS, assert_close_to_twin, labels_of, logits
 from fastpie import triton_kernels
@@ -140,6 +142,58 @@ def test_null(shape: tuple[int, ...]) -> None:
     output = triton_kernels.null(input)
     assert output.data_ptr() != input.data_ptr() or input.numel() == 0
     torch.testing.assert_close(output, input, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", segmentation_cases.KINDS)
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_segmentation_disagreement(classes: int, kind: str) -> None:
+    dense, pruned = segmentation_cases.logits(kind, 2, 2, classes, (11, 13), torch.float32)
+    scores = triton_kernels.segmentation_disagreement(dense, pruned)
+    segmentation_cases.assert_close_to_twin(scores, dense, pruned)
+    if kind == "identical":
+        assert (scores == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(0,), (1024,), (1025,), (40, 41), (5, 4, 3)])
+def test_segmentation_disagreement_of_sizes_and_strides(
+    size: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    dense, pruned = segmentation_cases.logits("plain", 2, 2, 3, size, dtype)
+    turned = pruned.movedim(2, -1).contiguous().movedim(-1, 2)
+    scores = triton_kernels.segmentation_disagreement(dense, turned)
+    segmentation_cases.assert_close_to_twin(scores, dense, pruned)
+
+
+@pytest.mark.parametrize("kind", embedding_cases.KINDS)
+@pytest.mark.parametrize("size", [1, 33, 1100])
+def test_embedding_disagreement(size: int, kind: str) -> None:
+    dense, pruned = embedding_cases.embeddings(kind, 2, 3, size, torch.float32)
+    drift = triton_kernels.embedding_disagreement(dense, pruned)
+    embedding_cases.assert_close_to_twin(drift, dense, pruned)
+    if kind == "identical":
+        assert not drift.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_embedding_disagreement_of_strided_rows(dtype: torch.dtype) -> None:
+    dense, pruned = embedding_cases.embeddings("plain", 2, 3, 40, dtype)
+    dense, pruned = dense.t().contiguous().t(), pruned[..., ::2].repeat(1, 1, 2)[..., 1:]
+    dense = dense[:, 1:]
+    drift = triton_kernels.embedding_disagreement(dense, pruned)
+    embedding_cases.assert_close_to_twin(drift, dense, pruned)
+
+
+@pytest.mark.parametrize(("levels", "count", "size"), [(0, 2, 4), (2, 0, 4), (2, 3, 0)])
+def test_scores_of_nothing(levels: int, count: int, size: int) -> None:
+    drift = triton_kernels.embedding_disagreement(
+        torch.zeros(count, size), torch.zeros(levels, count, size)
+    )
+    assert torch.equal(drift, torch.zeros(levels, count))
+    scores = triton_kernels.segmentation_disagreement(
+        torch.zeros(count, 2, size), torch.zeros(levels, count, 2, size)
+    )
+    assert torch.equal(scores, torch.ones(2, levels, count))
 
 
 @pytest.mark.parametrize("kind", top_k_cases.KINDS)

@@ -103,7 +103,9 @@ class Predictions:
             )
         if not logits:
             for name, values in (("dense", first), ("pruned", second)):
-                if values.size and not (np.nanmin(values) >= 0 and np.nanmax(values) <= 1):
+                # fmin and fmax pass over NaN, also where there is nothing else.
+                least = np.fmin.reduce(values, axis=None, initial=0)
+                if least < 0 or np.fmax.reduce(values, axis=None, initial=1) > 1:
                     raise FastpieError(
                         f"Expected `{name}` to hold probabilities in [0, 1], but it does not; pass "
                         "logits=True for logits."
@@ -111,6 +113,8 @@ class Predictions:
         names = [str(i) for i in range(classes)] if class_names is None else list(class_names)
         if len(names) != classes:
             raise FastpieError(f"Expected {classes} `class_names`, but got {len(names)}.")
+        if len(set(names)) < classes:
+            raise FastpieError(f"Expected `class_names` that all differ, but got {names}.")
         ids = None if sample_ids is None else [str(i) for i in sample_ids]
         if ids is not None and len(ids) != samples:
             raise FastpieError(f"Expected {samples} `sample_ids`, but got {len(ids)}.")

@@ -1,4 +1,4 @@
-"""The command line: `fastpie prune | mine | report | bench | demo | doctor`.
+"""The command line: `fastpie prune | mine | analyze | report | bench | demo | doctor`.
 
 stdout is data, stderr progress and messages. Exit codes: 0 done, 1 failed, 2 bad usage.
 """
@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fastpie.cli.data import NOTE, open_data
+from fastpie.cli.analyze import analyze, report
 from fastpie.cli.mine import mine
 from fastpie.cli.options import (
     Json,
@@ -45,6 +45,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(mine)
+app.command()(analyze)
+app.command()(report)
 
 
 @app.command()
@@ -89,36 +91,6 @@ def prune(
     for level, count in zip(masks.sparsities, removed, strict=True):
         table.add_row(f"{level:g}", str(count), f"{count / masks.total:.4f}")
     Console().print(table)
-
-
-@app.command()
-def report(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    out: Annotated[
-        Path | None, typer.Option(help="By default report.html in the run folder.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write the report of a run, finished or not, with images if their files are still there."""
-    import fastpie
-    from fastpie.report import write_report
-
-    result = fastpie.MiningResult(run)
-    note = result.record.get("note")
-    ours = note.get(NOTE) if isinstance(note, dict) else None
-    source = ours.get("data") if isinstance(ours, dict) else None
-    dataset = None
-    if source is not None:
-        try:
-            dataset = open_data(source)
-        except FastpieError as error:
-            messages.print(f"The report has no images: {error}", markup=False)
-    class_names = None if dataset is None else dataset.class_names
-    path = write_report(result, out, dataset=dataset, class_names=class_names)
-    if as_json:
-        print_json({"report": str(path), "samples": len(result), "errors": result.errors.num_rows})
-    else:
-        typer.echo(path)
 
 
 @app.command()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,13 +33,18 @@ from fastpie.cli.options import (
 from fastpie.errors import FastpieError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     import fastpie
     from fastpie.data import ManifestDataset
     from fastpie.mining import MiningResult
 
-__all__ = ["mine"]
+__all__ = ["STAGES", "mine"]
 
 _GIB = 2**30
+_IMAGES_TRIED = 256
+STAGES = "stages"
+"""As `--features`: those of the early stages."""
 
 
 class Task(str, Enum):
@@ -126,8 +132,8 @@ def mine(
     features: Annotated[
         str,
         typer.Option(
-            help="Module whose output to compare as an embedding; behind it :input for what goes into "
-            "it; penultimate: what goes into the last linear layer."
+            help="Module whose output to compare as an embedding (behind it :input for what goes into "
+            "it); penultimate: what goes into the last linear layer; stages: the early stages, pooled."
         ),
     ] = "",
     batch_size: Annotated[int, typer.Option(help="Images in a pass.")] = 64,
@@ -138,7 +144,10 @@ def mine(
     keep_logits: Annotated[bool, typer.Option(help="Write the logits beside the scores.")] = False,
     keep_features: Annotated[
         bool,
-        typer.Option(help="Write the features beside the scores; by default the penultimate ones."),
+        typer.Option(
+            help="Write the features beside the scores, which tells wrong labels and odd images; by "
+            "default those of the early stages, of the dense model."
+        ),
     ] = False,
     committee: Annotated[
         int,
@@ -178,8 +187,8 @@ def mine(
 ) -> None:
     """Score every image and write the table of the hardest."""
     import fastpie
-    from fastpie.dual.features import PENULTIMATE
     from fastpie.mining.preflight import preflight
+    from fastpie.mining.scoring import DENSE
 
     source = {
         "source": str(data.resolve()),
@@ -208,10 +217,14 @@ def mine(
     }
     stretch = _stretch(shard)
     with _torchrun(device) as (rank, place):
-        if keep_features and not features:
-            features = PENULTIMATE
-        duals = _duals(model, model_args, weights or [], unpickle, masks, sparsity, features, place)
         dataset = open_data(source)
+        keep: bool | str = keep_features
+        if keep_features and not features:
+            features, keep = STAGES, DENSE
+        example = partial(_example, dataset) if features == STAGES else None
+        duals = _duals(
+            model, model_args, weights or [], unpickle, masks, sparsity, features, example, place
+        )
         task_value = dataset.manifest.task or "multiclass"
         check = None
         if rank == 0:
@@ -227,7 +240,7 @@ def mine(
             read_timeout=read_timeout,
             recalibrate=recalibrate,
             keep_logits=keep_logits,
-            keep_features=keep_features,
+            keep_features=keep,
             committee=committee,
             precision=precision.value,
             models_at_once=models_at_once,
@@ -263,6 +276,7 @@ def _duals(
     masks: Path | None,
     sparsity: str,
     features: str,
+    example: Callable[[], Tensor] | None,
     device: str,
 ) -> list[Callable[[], fastpie.DualModel]]:
     """Functions that load the dual models; the first is loaded, and what is wrong with it told."""
@@ -287,7 +301,10 @@ def _duals(
             ) from error
         levels = sparsities_of(sparsity)
         chosen = fastpie.Masks.load(masks) if masks else fastpie.prune(network, levels)
-        return fastpie.DualModel(network, chosen, features=features or None)
+        named = features or None
+        if example is not None:
+            named = fastpie.dual.stage_features(network, example().to(device))
+        return fastpie.DualModel(network, chosen, features=named)
 
     first = load(weights[0] if weights else None)
 
@@ -295,6 +312,19 @@ def _duals(
         return lambda: first if number == 0 else load(weights[number])
 
     return [loader(number) for number in range(max(1, len(weights)))]
+
+
+def _example(dataset: ManifestDataset) -> Tensor:  # [1, C, H, W]
+    """The first image that can be read."""
+    for index in range(min(len(dataset), _IMAGES_TRIED)):
+        try:
+            return dataset[index][0].unsqueeze(0)
+        except (FastpieError, OSError):
+            continue
+    raise FastpieError(
+        f"Expected images to find the stages of the network with, but none of the first "
+        f"{min(len(dataset), _IMAGES_TRIED)} can be read."
+    )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from fastpie.dual.features import check_features, watched
+from fastpie.dual.features import features_of, watched
 from fastpie.dual.fusion import PADS, Facts, bind, fuse, sizes_of
 from fastpie.dual.inputs import batch_size
 from fastpie.dual.program import (
@@ -74,8 +74,7 @@ def capture(
         args: example of its positional arguments. Dimension 0 is the batch in every tensor whose
             first size is that of the first tensor; all other sizes hold as they are here, and so do
             arguments that are no tensors.
-        feature_module: name of a submodule whose output (with ":input", whose input) to keep as
-            `Program.feature`.
+        feature_module: what to keep as `Program.feature`; see `fastpie.dual.features.features_of`.
 
     Returns:
         Program, checked against the model at batch 1, where torch.export looks away (it takes every
@@ -87,7 +86,7 @@ def capture(
             once.
     """
     if feature_module is not None:
-        check_features(model, feature_module)
+        features_of(model, feature_module)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise CaptureError("Expected a model in Python, but it holds a torch.jit.ScriptModule.")
     batch = batch_size(args)

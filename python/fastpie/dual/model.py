@@ -46,8 +46,7 @@ class DualModel(nn.Module):
 
     Attributes:
         model: the module given, unchanged.
-        feature_module: name of the module whose output (with ":input", whose input) is returned as
-            `features`, or None.
+        feature_module: the name of what is returned as `features`, or None.
     """
 
     def __init__(
@@ -62,8 +61,10 @@ class DualModel(nn.Module):
             model: any module with masked parameters; it is left as it was.
             masks: from `fastpie.prune`, or bool tensors by parameter name (True = kept).
             features: what to return of both models beside their outputs: the name of a submodule for
-                its output, that name and ":input" for what goes into it, or "penultimate" for what
-                goes into the last linear layer.
+                its output, with ":input" for what goes into it, with ":pooled" for mean and standard
+                deviation of each channel; several with + between them, pooled, side by side;
+                "penultimate" for what goes into the last linear layer. `fastpie.dual.stage_features`
+                names those of every stage.
 
         Raises:
             FastpieError: if the masks are another model's, or there is no such submodule.

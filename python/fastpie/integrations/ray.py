@@ -58,7 +58,7 @@ def mine_on_ray(
     sample_ids: Sequence[Any] | None = None,
     recalibrate: bool = True,
     keep_logits: bool = False,
-    keep_features: bool = False,
+    keep_features: bool | str = False,
     committee: int = 0,
     output: str | int | None = None,
     precision: str = "fp32",
@@ -119,7 +119,7 @@ def mine_on_ray(
             (`fastpie[ray]`) is not installed. What an actor raised is the cause.
     """
     ray = _ray()
-    check_arguments(task, limit, note, committee)
+    check_arguments(task, limit, note, committee, keep_features)
     pool = _pool_size(actors)
     several = not (isinstance(dual, nn.Module) or callable(dual))
     models = [dual] if isinstance(dual, nn.Module) or callable(dual) else list(dual)

@@ -18,7 +18,9 @@ from fastpie._digest import digest_of
 from fastpie.dual import DualEngine, DualModel
 from fastpie.dual.calibration import statistics_of
 from fastpie.dual.committee import Committee
+from fastpie.dual.features import feature_widths
 from fastpie.dual.output import DualOutput
+from fastpie.dual.reference import device_of
 from fastpie.errors import FastpieError
 from fastpie.mining.part import PartRows, kept_table
 from fastpie.mining.plan import Plan
@@ -205,6 +207,14 @@ class Member:
                 f"Expected the statistics of the run in {self.folder.location}/{name}, but: {error}. "
                 "Choose another folder."
             ) from error
+
+    def about_features(self, args: tuple[Any, ...]) -> dict[str, list[int]]:
+        """For run.json: of kept features how many columns each of their parts has."""
+        name = self.dual.feature_module
+        if not self.config["keep_features"] or name is None:
+            return {}
+        private = copy.deepcopy(self.dual.model).to(device_of(args))
+        return {"feature_widths": feature_widths(private, name, args)}
 
     def save_masks(self) -> None:
         """Keep the masks in the folder."""

@@ -54,8 +54,9 @@ class PartRows:
 
 
 def kept_table(ids: pa.Array, dense: np.ndarray, pruned: np.ndarray) -> pa.Table:
-    """Logits or features [n, D] and [n, L, D] as a table of lists."""
-    return pa.table({"sample_id": ids, "dense": _lists(dense), "pruned": _lists(pruned)})
+    """Logits or features [n, D] and [n, L, D] as a table of lists; L is 0 where none are kept."""
+    table = pa.table({"sample_id": ids, "dense": _lists(dense)})
+    return table.append_column("pruned", _lists(pruned)) if pruned.shape[1] else table
 
 
 def _lists(values: np.ndarray) -> Any:  # [n, ...]

@@ -60,6 +60,14 @@ class Ranks:
         result: _T = message[0]
         return result
 
+    def all(self, value: _T) -> list[_T]:
+        """What every process gives, by rank."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value, group=self._group)
+        return found
+
     def wait(self) -> None:
         """Until every process has come here."""
         if self.count > 1:

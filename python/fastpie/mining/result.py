@@ -14,6 +14,7 @@ import pyarrow as pa
 from fastpie.errors import FastpieError
 from fastpie.mining.parts import BATCH_ROWS, Parts
 from fastpie.mining.run_folder import RunFolder, SampleIndex
+from fastpie.mining.scoring import DENSE
 from fastpie.mining.selection import Hardest, Strata, check_numbers, sort_keys
 
 __all__ = ["MiningResult"]
@@ -183,7 +184,7 @@ class MiningResult:
         """Features of both models in the order of `table`, where the run kept them.
 
         Returns:
-            fp32 [N, D] and [L, N, D].
+            fp32 [N, D] and [L, N, D]; L is 0 where those of the dense model alone were kept.
         """
         return self._kept("features")
 
@@ -322,9 +323,14 @@ class MiningResult:
             )
         table = self._folder.read_extras(kind)
         levels = len(self.record["config"]["sparsities"])
+        if self.record["config"][f"keep_{kind}"] == DENSE:
+            levels = 0
         if table is None:
             return np.empty((0, 0), np.float32), np.empty((levels, 0, 0), np.float32)
-        dense, pruned = (_matrix(table.column(name)) for name in ("dense", "pruned"))
+        dense = _matrix(table.column("dense"))
+        if not levels:
+            return dense, np.empty((0, *dense.shape), np.float32)
+        pruned = _matrix(table.column("pruned"))
         return dense, np.ascontiguousarray(pruned.reshape(len(dense), levels, -1).swapaxes(0, 1))
 
 

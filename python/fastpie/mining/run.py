@@ -18,6 +18,7 @@ from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Reader
 from fastpie.mining.result import MiningResult
 from fastpie.mining.run_folder import RunFolder
+from fastpie.mining.scoring import DENSE
 from fastpie.mining.session import Session
 from fastpie.pruning import prune
 from fastpie.scores.disagreement import TASKS
@@ -46,7 +47,7 @@ def mine(
     sample_ids: Sequence[Any] | None = None,
     recalibrate: bool = True,
     keep_logits: bool = False,
-    keep_features: bool = False,
+    keep_features: bool | str = False,
     committee: int = 0,
     output: str | int | None = None,
     precision: str = "fp32",
@@ -97,7 +98,8 @@ def mine(
         recalibrate: give the pruned model BatchNorm statistics from the 2,048 samples of lowest id
             hash, on a private copy. The published protocol (PruneCXR) does not.
         keep_logits: write both models' outputs beside the scores (PIE and forgettability need them).
-        keep_features: write both models' features; `dual` must name a feature module.
+        keep_features: write both models' features; `dual` must name a feature module. "dense": those
+            of the dense model alone, which is what neighbours are looked for among.
         committee: this many copies (0, or 2 and more) of the dense model with noise on their weights
             score each sample too, for as many dense passes more: `margin_committee` (mean margin,
             as `margin_pruned`), `js_committee` and `flip_committee` (means against the dense model).
@@ -127,7 +129,7 @@ def mine(
             a full disk. Samples that cannot be read or scored do not raise: they are in
             `result.errors`.
     """
-    check_arguments(task, limit, note, committee)
+    check_arguments(task, limit, note, committee, keep_features)
     if not 0 <= shard[0] < shard[1]:
         raise FastpieError(f"Expected a `shard` (i, n) with 0 <= i < n, but got {shard}.")
     several = not isinstance(dual, nn.Module)
@@ -168,7 +170,11 @@ def mine(
 
 
 def check_arguments(
-    task: str, limit: int | None, note: dict[str, Any] | None, committee: int
+    task: str,
+    limit: int | None,
+    note: dict[str, Any] | None,
+    committee: int,
+    keep_features: bool | str,
 ) -> None:
     """What can be told before anything is read; see `mine`.
 
@@ -181,6 +187,10 @@ def check_arguments(
         raise FastpieError(
             f"Expected a `committee` of 0 (none) or of 2 to {MOST_COPIES} copies, but got {committee}."
         )
+    if keep_features not in (True, False, DENSE):
+        raise FastpieError(
+            f"Expected `keep_features` to be True, False or {DENSE!r}, but got {keep_features!r}."
+        )
     if limit is not None and limit < 1:
         raise FastpieError(f"Expected a `limit` of at least 1, but got {limit}.")
     try:
@@ -189,7 +199,9 @@ def check_arguments(
         raise FastpieError(f"Expected a `note` that JSON can hold, but: {error}.") from error
 
 
-def loader_of(model: Model | Callable[[], Model], keep_features: bool) -> Callable[[], DualModel]:
+def loader_of(
+    model: Model | Callable[[], Model], keep_features: bool | str
+) -> Callable[[], DualModel]:
     """A function that gives the dual model, checked."""
 
     def load() -> DualModel:

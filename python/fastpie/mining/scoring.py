@@ -18,7 +18,10 @@ from fastpie.mining.reading import Problem
 from fastpie.ops.disagreement import SCORES
 from fastpie.scores import disagreement
 
-__all__ = ["Scorer", "level_column"]
+__all__ = ["DENSE", "Scorer", "level_column"]
+
+DENSE = "dense"
+"""As `keep_features`: those of the dense model alone."""
 
 _OF_DENSE = ("margin_dense", "loss_dense")  # the same at every level
 _WITH_LABELS = ("loss_dense", "loss_pruned", "damage")
@@ -39,7 +42,7 @@ class Scorer:
         labelled: whether the samples have labels.
         output: key or index of the logits in a dict or tuple output, or None.
         keep_logits: whether to return the logits.
-        keep_features: whether to return the features.
+        keep_features: whether to return the features; "dense": of the dense model alone.
     """
 
     task: str
@@ -48,7 +51,7 @@ class Scorer:
     labelled: bool
     output: str | int | None = None
     keep_logits: bool = False
-    keep_features: bool = False
+    keep_features: bool | str = False
 
     @property
     def hardness(self) -> str:
@@ -97,7 +100,13 @@ class Scorer:
                 if slot in wrong:
                     good[row] = False
                     problems.append(Problem(positions[row], "label", wrong[slot]))
-        unusable = self._unusable(dense, 1) | self._unusable(pruned, 2).any(0)
+        scores = None
+        if self.task in ("segmentation", "embedding"):
+            scores = disagreement(dense, pruned, task=self.task)
+            # These scores are NaN for nothing else: the outputs need not be read again.
+            unusable = torch.stack(list(scores.values())).isnan().flatten(0, 1).any(0)
+        else:
+            unusable = self._unusable(dense) | self._unusable(pruned).any(0)
         for row in (unusable.cpu()[index] & good).nonzero().flatten().tolist():
             good[row] = False
             problems.append(
@@ -109,7 +118,7 @@ class Scorer:
             )
 
         keep = good.nonzero().flatten()
-        columns = self._columns(dense, pruned, targets, index[keep])
+        columns = self._columns(dense, pruned, targets, index[keep], scores)
         if copies is not None:
             columns.update(self._of_committee(dense, self._logits(copies), targets, index[keep]))
         if targets is not None:
@@ -122,18 +131,15 @@ class Scorer:
             drift = disagreement(of_dense, of_pruned, task="embedding")["drift"].float().cpu()
             self._per_level(columns, "feature_drift", drift.numpy()[:, index[keep].numpy()])
             if self.keep_features:
+                if self.keep_features == DENSE:
+                    of_pruned = of_pruned[:0]
                 kept["features"] = _pair(of_dense, of_pruned, index[keep])
         return keep.tolist(), columns, problems, kept
 
-    def _unusable(self, outputs: Tensor, leading: int) -> Tensor:
-        """Samples for which `fastpie.disagreement` gives NaN: -inf is a class of probability zero."""
-        values = outputs.flatten(leading)
-        bad = (values.isnan() | (values == torch.inf)).any(-1)
-        if self.task == "multiclass":
-            bad |= (values == -torch.inf).all(-1)
-        elif self.task == "embedding":
-            bad |= values.isinf().any(-1)
-        return bad
+    def _unusable(self, logits: Tensor) -> Tensor:
+        """Rows for which `fastpie.disagreement` gives NaN: -inf is a class of probability zero."""
+        bad = (logits.isnan() | (logits == torch.inf)).any(-1)
+        return bad | (logits == -torch.inf).all(-1) if self.task == "multiclass" else bad
 
     def _logits(self, output: Any) -> Tensor:
         if self.output is not None:
@@ -170,14 +176,18 @@ class Scorer:
             )
 
     def _columns(
-        self, dense: Tensor, pruned: Tensor, targets: Tensor | None, rows: Tensor
+        self,
+        dense: Tensor,
+        pruned: Tensor,
+        targets: Tensor | None,
+        rows: Tensor,
+        given: dict[str, Tensor] | None,
     ) -> dict[str, Any]:
-        """Every column but the label, as arrays over `rows`."""
+        """Every column but the label, as arrays over `rows`; `given` are scores of outputs."""
         columns: dict[str, Any] = {}
-        if self.task in ("segmentation", "embedding"):
+        if given is not None:
             scores = {
-                name: value.float().cpu().numpy()[:, rows.numpy()]
-                for name, value in disagreement(dense, pruned, task=self.task).items()
+                name: value.float().cpu().numpy()[:, rows.numpy()] for name, value in given.items()
             }
             hard = scores["drift"] if self.task == "embedding" else 1 - scores["iou_soft"]
         else:

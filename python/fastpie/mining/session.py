@@ -384,6 +384,7 @@ class Session:
                 "fingerprints": {**member.fingerprints(), **data},
                 "masks_of_these_weights": _masks_of_these_weights(member.dual),
                 "hardness": member.scorer.hardness,
+                **member.about_features(self._example_arguments()),
             }
         )
 

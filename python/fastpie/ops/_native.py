@@ -16,7 +16,9 @@ from fastpie import _C
 from fastpie.errors import FastpieError
 
 __all__ = [
+    "LOGIT_DTYPES",
     "call",
+    "check_outputs",
     "cuda_stream",
     "cuda_unusable_reason",
     "library",
@@ -34,6 +36,37 @@ def call(function: Callable[..., None], *args: Any) -> None:
         function(*args)
     except RuntimeError as error:
         raise FastpieError(str(error)) from error
+
+
+LOGIT_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""What the scoring kernels read, and its code in `DType` of csrc/include/fastpie/status.h."""
+
+
+def check_outputs(dense: Tensor, pruned: Tensor) -> None:
+    """Refuse outputs of two models that no scoring operator can compare.
+
+    Args:
+        dense: [N, ...], outputs of the dense model.
+        pruned: [L, N, ...], of the pruned one at L levels.
+
+    Raises:
+        FastpieError: if shapes, dtypes or devices do not fit together.
+    """
+    if pruned.ndim != dense.ndim + 1 or pruned.shape[1:] != dense.shape:
+        shape = ", ".join(map(str, ["L", *dense.shape]))
+        raise FastpieError(
+            f"Expected `pruned` to have shape [{shape}] (levels, then the shape of `dense`), but "
+            f"got {list(pruned.shape)}."
+        )
+    if dense.dtype not in (*LOGIT_DTYPES, torch.float64) or pruned.dtype is not dense.dtype:
+        raise FastpieError(
+            "Expected `dense` and `pruned` to be both float32, bfloat16, float16 or float64, but "
+            f"got {dense.dtype} and {pruned.dtype}."
+        )
+    if pruned.device != dense.device:
+        raise FastpieError(
+            f"Expected all tensors on one device, but got {dense.device} and {pruned.device}."
+        )
 
 
 def cuda_stream(tensor: Tensor) -> int:

@@ -28,7 +28,6 @@ SCORES = (
 )
 """The rows of the operator's output, in the order of `Score` in the contract header."""
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TASKS = {"multiclass": 0, "multilabel": 1}
 
 _native.library.define(
@@ -77,23 +76,13 @@ def _check(dense: Tensor, pruned: Tensor, labels: Tensor | None, task: str) -> N
             f"Expected `dense` to have shape [N, C] with C >= 1, but got {list(dense.shape)}."
         )
     rows, classes = dense.shape
-    if pruned.ndim != 3 or pruned.shape[1:] != dense.shape:
-        raise FastpieError(
-            f"Expected `pruned` to have shape [L, {rows}, {classes}] (levels, then the shape of "
-            f"`dense`), but got {list(pruned.shape)}."
-        )
-    if dense.dtype not in (*_DTYPES, torch.float64) or pruned.dtype is not dense.dtype:
-        raise FastpieError(
-            "Expected `dense` and `pruned` to be both float32, bfloat16, float16 or float64, but "
-            f"got {dense.dtype} and {pruned.dtype}."
-        )
-    devices = {t.device for t in (dense, pruned, labels) if t is not None}
-    if len(devices) > 1:
-        raise FastpieError(
-            f"Expected all tensors on one device, but got {sorted(map(str, devices))}."
-        )
+    _native.check_outputs(dense, pruned)
     if labels is None:
         return
+    if labels.device != dense.device:
+        raise FastpieError(
+            f"Expected all tensors on one device, but got {dense.device} and {labels.device}."
+        )
     if task == "multiclass" and (labels.dtype is not torch.int64 or labels.shape != (rows,)):
         raise FastpieError(
             f"Expected multiclass `labels` to be int64 of shape [{rows}], but got {labels.dtype} "
@@ -124,7 +113,7 @@ def _kernel_arguments(
         pruned.data_ptr(),
         0 if labels is None else labels.data_ptr(),
         out.data_ptr(),
-        _DTYPES[dense.dtype],
+        _native.LOGIT_DTYPES[dense.dtype],
         _TASKS[task],
         levels,
         rows,

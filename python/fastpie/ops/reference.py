@@ -15,6 +15,7 @@ from torch.nn import functional
 __all__ = [
     "alias_table",
     "disagreement",
+    "embedding_disagreement",
     "magnitude_levels",
     "masked_conv",
     "masked_conv_nhwc",
@@ -22,9 +23,12 @@ __all__ = [
     "normalize_uint8",
     "null",
     "pack_mask",
+    "segmentation_disagreement",
+    "soft_iou",
     "spearman",
     "top_k_update",
     "unpack_mask",
+    "without_segmentation",
 ]
 
 
@@ -302,6 +306,64 @@ def _loss(z: Tensor, labels: Tensor | None, task: str) -> Tensor:
     index = torch.where(valid, labels, 0).expand(z.shape[:-1]).unsqueeze(-1)
     loss = -functional.log_softmax(z, -1).gather(-1, index).squeeze(-1)
     return torch.where(valid, loss, torch.nan)
+
+
+def embedding_disagreement(
+    dense: Tensor,  # [N, D]
+    pruned: Tensor,  # [L, N, D]
+) -> Tensor:  # [L, N]
+    """Drift of `csrc/include/fastpie/embedding_disagreement.h`, computed in fp64.
+
+    Source: PreFIQs, arXiv 2605.13396: the L2 distance of L2-normalised embeddings.
+
+    Returns:
+        fp32 (fp64 for fp64 embeddings) on the device of the inputs.
+    """
+    z = functional.normalize(dense.double(), dim=-1)
+    y = functional.normalize(pruned.double(), dim=-1)
+    drift: Tensor = torch.linalg.vector_norm(z - y, dim=-1)
+    return drift.to(torch.float64 if dense.dtype is torch.float64 else torch.float32)
+
+
+def segmentation_disagreement(
+    dense: Tensor,  # [N, C, ...]
+    pruned: Tensor,  # [L, N, C, ...]
+) -> Tensor:  # [2, L, N], the rows of fastpie.ops.segmentation_disagreement.IOUS
+    """Scores of `csrc/include/fastpie/segmentation_disagreement.h`, computed in fp64.
+
+    Returns:
+        fp32 (fp64 for fp64 logits) on the device of the inputs.
+    """
+    z, y = dense.double().flatten(2), pruned.double().flatten(3)
+    classes = z.shape[1]
+    if classes == 1:
+        hard_p, hard_q = z > 0, y > 0
+    else:
+        index = torch.arange(1, classes, device=z.device).view(-1, 1)
+        hard_p, hard_q = z.argmax(1, True) == index, y.argmax(2, True) == index
+    both = (hard_p & hard_q).flatten(2).sum(-1)
+    either = (hard_p | hard_q).flatten(2).sum(-1)
+    iou = torch.where(either > 0, both / either.clamp(min=1).double(), 1.0)
+    bad = without_segmentation(z) | without_segmentation(y)
+    out = torch.where(bad, torch.nan, torch.stack([iou, soft_iou(z, y)]))
+    return out.to(torch.float64 if dense.dtype is torch.float64 else torch.float32)
+
+
+def soft_iou(z: Tensor, y: Tensor) -> Tensor:  # [N, C, P], [L, N, C, P] -> [L, N]
+    """Sum of minima over sum of maxima of the foreground's probabilities (Ruzicka), differentiable."""
+    if z.shape[1] == 1:
+        p, q = z.sigmoid(), y.sigmoid()
+    else:
+        p, q = z.softmax(-2)[..., 1:, :], y.softmax(-2)[..., 1:, :]  # class 0 is the background
+    lower = torch.minimum(p, q).flatten(2).sum(-1)
+    upper = torch.maximum(p, q).flatten(2).sum(-1)
+    return torch.where(upper >= 1e-30, lower / upper.clamp(min=1e-30), 1.0)
+
+
+def without_segmentation(z: Tensor) -> Tensor:  # [..., C, P] -> [...]
+    """Images with NaN or +inf, or of several classes with a pixel of nothing but -inf."""
+    bad = (z.isnan() | (z == torch.inf)).flatten(-2).any(-1)
+    return bad if z.shape[-2] == 1 else bad | (z == -torch.inf).all(-2).any(-1)
 
 
 def top_k_update(

@@ -1,16 +1,19 @@
-"""The score table of a run as arrays, whatever its task and levels."""
+"""The score table of a run, and what its analysis adds to it, as arrays."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from fastpie.analysis import Analysis
 from fastpie.mining.result import MiningResult
 from fastpie.mining.scoring import level_column
 
-__all__ = ["Columns"]
+__all__ = ["Columns", "codes_of"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,7 @@ class Columns:
     """Columns by name; one that the run does not have is None.
 
     Attributes:
-        table: as `MiningResult.table`.
+        table: as `MiningResult.table`, with the columns of the analysis' `samples`.
         sparsities: levels of the run, increasing.
         is_ladder: whether scores of the pruned model have one column a level.
     """
@@ -28,10 +31,17 @@ class Columns:
     is_ladder: bool
 
     @classmethod
-    def of(cls, result: MiningResult) -> Columns:
-        """The columns of a run."""
+    def of(cls, result: MiningResult, analysis: Analysis | None = None) -> Columns:
+        """The columns of a run, and of its analysis; a sample that this lacks has null there."""
         config = result.record["config"]
-        return cls(result.table, [float(s) for s in config["sparsities"]], config["is_ladder"])
+        table = result.table
+        if analysis is not None and table.num_rows:
+            places = pc.index_in(table["sample_id"], analysis.samples["sample_id"].combine_chunks())
+            added = analysis.samples.take(places.combine_chunks())
+            for name in added.column_names:
+                if name not in table.column_names:
+                    table = table.append_column(name, added[name])
+        return cls(table, [float(s) for s in config["sparsities"]], config["is_ladder"])
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -47,6 +57,17 @@ class Columns:
         ):
             return None
         return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
+
+    def flag(self, name: str) -> np.ndarray | None:  # bool [N]
+        """A column of bools, null as false."""
+        values = self.numbers(name)
+        return None if values is None else values > 0
+
+    def codes(self, name: str) -> tuple[np.ndarray, list[str]] | None:
+        """A column of texts as fp64 places [N] (null: NaN) in the list of its values."""
+        if name not in self.table.column_names:
+            return None
+        return codes_of(self.table.column(name))
 
     def name_at(self, score: str, sparsity: float) -> str:
         """The column of a score of the pruned model at a level."""
@@ -71,9 +92,16 @@ class Columns:
         flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
         return np.asarray(flat, dtype=np.float64).reshape(len(self), -1)
 
-    def sample_ids(self, rows: np.ndarray) -> list[str]:
-        """Sample ids of some rows."""
-        return list(self.table.column("sample_id").take(pa.array(rows)).to_pylist())
+    def rows(self, rows: np.ndarray) -> Columns:
+        """Some rows, in the order given."""
+        return Columns(self.table.take(pa.array(rows)), self.sparsities, self.is_ladder)
+
+    def texts(self, name: str) -> list[Any]:
+        """A column of texts, or None throughout."""
+        if name not in self.table.column_names:
+            return [None] * len(self)
+        values: list[Any] = self.table.column(name).to_pylist()
+        return values
 
     def hardest_first(self) -> np.ndarray:  # [N] rows
         """All rows, hardest first; NaN last, equal values in sample_id order."""
@@ -81,3 +109,17 @@ class Columns:
         if hardness is None:
             return np.arange(len(self))
         return np.argsort(-hardness, kind="stable")
+
+
+def codes_of(column: pa.ChunkedArray) -> tuple[np.ndarray, list[str]]:
+    """Texts as fp64 places [N] (null: NaN) in the sorted list of the values that occur."""
+    encoded = column.cast(pa.large_string()).combine_chunks().dictionary_encode()
+    values = encoded.dictionary.to_pylist()
+    order = sorted(range(len(values)), key=values.__getitem__)
+    places = np.empty(len(values))
+    places[order] = np.arange(len(values))
+    indices = np.asarray(encoded.indices.cast(pa.float64()).to_numpy(zero_copy_only=False))
+    known = np.isfinite(indices)
+    codes = np.full(len(indices), np.nan)
+    codes[known] = places[indices[known].astype(np.int64)]
+    return codes, [values[i] for i in order]

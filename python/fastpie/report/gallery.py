@@ -1,166 +1,180 @@
-"""The hardest samples, class by class, as cards."""
+"""The pictures and heat maps of the samples that a report shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import base64
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
+from tqdm import tqdm
 
-from fastpie.report.classes import class_column
+from fastpie.dual import DualModel
+from fastpie.errors import FastpieError
+from fastpie.mining.result import MiningResult
 from fastpie.report.columns import Columns
+from fastpie.report.heatmaps import HeatMap, heat_map
+from fastpie.report.identities import Identities
+from fastpie.report.thumbnails import Pictures, Sizes, picture_of
 
-__all__ = ["Card", "Gallery", "GalleryClass", "hardest"]
+__all__ = ["Gallery"]
 
-_MOST_CLASSES = 40
-_MOST_CARDS = 1_000
+_LARGE = 100  # samples, the hardest, that have a larger picture too
+_LARGE_SIDE = 448
+_LARGE_SHARE = 0.2  # of the budget, for those
 
 
-@dataclass
-class Card:
-    """One sample.
+class Gallery:
+    """Pictures of some samples, as JSON can hold them.
 
     Attributes:
-        sample_id: of the sample.
-        facts: name and value, as they are shown.
-        changed: whether the pruned model says something else.
-        wrong: whether the dense model is wrong; None where that is not known.
-        uri: the thumbnail, filled in later.
-        missing: why there is none.
+        note: why there are no pictures, or not all of them; empty if there is nothing to say.
+        map_note: of the heat maps, likewise.
     """
 
-    sample_id: str
-    facts: list[tuple[str, str]]
-    changed: bool
-    wrong: bool | None
-    uri: str | None = None
-    missing: str = ""
+    def __init__(
+        self, result: MiningResult, dataset: Any, some: Columns, identities: Identities
+    ) -> None:
+        """Find the samples in the data set.
+
+        Args:
+            result: the run.
+            dataset: of the run, or None.
+            some: the samples, hardest first.
+            identities: says what may be shown of an error.
+        """
+        self._some = some
+        self._ids = some.texts("sample_id")
+        self._pictures = Pictures(dataset, result, self._ids, identities.reason)
+        self._reason = identities.reason
+        self._output = result.record["config"].get("output")
+        self._task = result.record["config"]["task"]
+        self._maps: dict[int, HeatMap] = {}
+        self.note = self._pictures.note if self._ids else ""
+        self.map_note = ""
 
     @property
-    def alt(self) -> str:
-        """What the picture is, in words."""
-        return f"Sample {self.sample_id}: " + ", ".join(f"{k} {v}" for k, v in self.facts)
+    def found(self) -> bool:
+        """Whether the data set has any of the samples."""
+        return bool(len(self._pictures))
 
+    def draw_heat_maps(
+        self, dual: DualModel, count: int, module: str | None, sparsity: float | None
+    ) -> None:
+        """Heat maps of the first samples; what fails becomes a note."""
+        if not self.found:
+            self.map_note = "There are no heat maps: they need the data set."
+            return
+        failed: dict[str, int] = {}
+        for row in range(min(count, len(self._ids))):
+            if self._ids[row] not in self._pictures:
+                continue
+            try:
+                image = self._pictures.read(self._ids[row])
+            except Exception:  # noqa: S112 - its card says so
+                continue
+            try:
+                self._maps[row] = heat_map(
+                    dual,
+                    image,
+                    self._class(row),
+                    module=module,
+                    sparsity=sparsity,
+                    output=self._output,
+                )
+            except FastpieError as error:  # of ours: it names no sample
+                failed[str(error)] = failed.get(str(error), 0) + 1
+            except Exception as error:  # a model is anybody's code
+                reason = self._reason(error)
+                failed[reason] = failed.get(reason, 0) + 1
+        if failed:
+            said = max(failed, key=lambda reason: failed[reason])
+            self.map_note = f"{sum(failed.values())} heat maps could not be drawn: {said}"
+        elif self._maps:
+            first = next(iter(self._maps.values()))
+            self.map_note = (
+                f"The {len(self._maps)} hardest have heat maps (Grad-CAM at module {first.module}, pruned "
+                f"at {first.sparsity:g})."
+            )
 
-@dataclass
-class GalleryClass:
-    """The hardest samples of a class (index None: of all), hardest first."""
+    def nothing(self) -> dict[str, Any]:
+        """What `encode` gives, without a picture."""
+        count = len(self._ids)
+        maps = {str(row): self._encoded_map(row, (1, 1)) for row in self._maps}
+        found = {"any": self.found, "small": [None] * count, "missing": {}, "large": {}}
+        return {**found, "maps": maps, "map_note": self._detail_note()}
 
-    index: int | None
-    name: str
-    n: int
-    cards: list[Card] = field(default_factory=list)
+    def encode(self, budget: int) -> dict[str, Any]:
+        """Pictures, in at most so many characters: `small` for all samples, `large` for the hardest.
 
+        Args:
+            budget: characters.
+        """
+        found = self.nothing()
+        count = sum(i in self._pictures for i in self._ids)
+        many = min(_LARGE, count)
+        large = Sizes(int(_LARGE_SHARE * budget), many, _LARGE_SIDE)
+        small = Sizes(budget - int(_LARGE_SHARE * budget), count)
+        left_out = 0
+        rows = [row for row, i in enumerate(self._ids) if i in self._pictures]
+        missing = set(range(len(self._ids))) - set(rows)
+        found["missing"] = {str(row): "no picture" for row in missing} if self.found else {}
+        for number, row in enumerate(tqdm(rows, desc="pictures", disable=None, leave=False)):
+            try:
+                picture = picture_of(self._pictures.look(self._ids[row]), _LARGE_SIDE)
+            except Exception as error:  # a data set is anybody's code, a bad file no reason to stop
+                found["missing"][str(row)] = f"cannot be shown: {self._reason(error)}"
+                small.skip()
+                if number < many:
+                    large.skip()
+                continue
+            uri = small.uri(picture)
+            if uri is None:
+                left_out += 1
+                found["missing"][str(row)] = "left out for size"
+            found["small"][row] = uri
+            if number < many:
+                bigger = large.uri(picture)
+                if bigger is not None and uri is not None and len(bigger) > len(uri):
+                    found["large"][str(row)] = bigger
+            if row in self._maps:
+                found["maps"][str(row)]["picture"] = list(picture.size)
+        self.note = self._pictures.note
+        if left_out:
+            self.note = (
+                f"{self.note} {left_out:,} samples have no picture: the file would grow beyond 20 MB."
+            ).strip()
+        return found
 
-@dataclass
-class Gallery:
-    """The classes that are shown.
+    @property
+    def classes(self) -> set[int]:
+        """Those that the heat maps are of."""
+        return {found.klass for found in self._maps.values()}
 
-    Attributes:
-        by: the column that sorts samples into classes, None for one gallery of all samples.
-        classes: in order of their index.
-        note: what was left out; empty if nothing was.
-    """
-
-    by: str | None
-    classes: list[GalleryClass]
-    note: str = ""
-
-    def cards(self) -> list[Card]:
-        """All cards."""
-        return [card for one in self.classes for card in one.cards]
-
-
-def hardest(columns: Columns, name_of: Callable[[int], str], count: int) -> Gallery:
-    """The hardest samples of each class, or of all where the samples have no single class.
-
-    Args:
-        columns: of the run.
-        name_of: the name of a class.
-        count: samples of each class, 0 for none.
-    """
-    order = columns.hardest_first()
-    if not count or not len(order):
-        return Gallery(None, [])
-    by = class_column(columns)
-    values = None if by is None else columns.numbers(by)
-    if values is None:
-        everything = GalleryClass(None, "All samples", len(order))
-        everything.cards = _cards(columns, name_of, order[: min(4 * count, _MOST_CARDS)])
-        return Gallery(None, [everything])
-    members = _members(values, order)
-    notes = []
-    found = len(members)
-    if found > _MOST_CLASSES:
-        members = _hardest_classes(members, columns)
-        notes.append(
-            f"Of {found:,} classes, the {_MOST_CLASSES} with the highest mean hardness are shown."
-        )
-    if count * len(members) > _MOST_CARDS:
-        count = max(1, _MOST_CARDS // len(members))
-        notes.append(f"At most {count} samples of each class are shown.")
-    classes = []
-    for index, rows in sorted(members.items()):
-        cards = _cards(columns, name_of, rows[:count])
-        classes.append(GalleryClass(index, name_of(index), len(rows), cards))
-    return Gallery(by, classes, " ".join(notes))
-
-
-def _members(values: np.ndarray, order: np.ndarray) -> dict[int, np.ndarray]:
-    """Rows of each class, hardest first."""
-    order = order[np.isfinite(values[order])]
-    by_class = order[np.argsort(values[order], kind="stable")]
-    indices, starts = np.unique(values[by_class], return_index=True)
-    parts = np.split(by_class, starts[1:])
-    return {int(index): rows for index, rows in zip(indices, parts, strict=True)}
-
-
-def _hardest_classes(members: dict[int, np.ndarray], columns: Columns) -> dict[int, np.ndarray]:
-    hardness = columns.numbers("hardness")
-    assert hardness is not None  # every run with classes has it
-    finite = np.where(np.isfinite(hardness), hardness, -np.inf)
-    ranked = sorted(members, key=lambda index: -finite[members[index]].mean())
-    return {index: members[index] for index in ranked[:_MOST_CLASSES]}
-
-
-def _cards(columns: Columns, name_of: Callable[[int], str], rows: np.ndarray) -> list[Card]:
-    """Cards of some rows, with the facts that the run has."""
-    table = columns.table.take(pa.array(rows))
-    here = Columns(table, columns.sparsities, columns.is_ladder)
-    highest = f"{columns.sparsities[-1]:g}"
-    labels = here.numbers("label")
-    several = here.multilabels()
-    dense = here.numbers("prediction_dense")
-    pruned = here.at_highest("prediction_pruned")
-    flips = here.numbers("flip")
-    scores = [
-        (name, here.numbers(name))
-        for name in ("hardness", "js", "drift", "iou_soft", "loss_dense", "loss_pruned")
-    ]
-    if here.numbers("js") is not None:
-        scores = [(name, values) for name, values in scores if name != "drift"]
-
-    cards = []
-    for row, sample_id in enumerate(table.column("sample_id").to_pylist()):
-        facts: list[tuple[str, str]] = []
-        if labels is not None and np.isfinite(labels[row]):
-            facts.append(("label", name_of(int(labels[row]))))
+    def _class(self, row: int) -> int | list[int] | None:
+        """The class that the heat map is of: the label or labels, else the prediction."""
+        labels, several = self._some.numbers("label"), self._some.multilabels()
         if several is not None:
-            facts.append(("labels", _names(np.flatnonzero(several[row] == 1), name_of)))
-        if dense is not None and np.isfinite(dense[row]):
-            facts.append(("dense", name_of(int(dense[row]))))
-        if pruned is not None and np.isfinite(pruned[row]):
-            facts.append((f"pruned {highest}", name_of(int(pruned[row]))))
-        facts += [(name, f"{values[row]:.3g}") for name, values in scores if values is not None]
-        wrong = None
-        if labels is not None and dense is not None and np.isfinite(labels[row]):
-            wrong = bool(labels[row] != dense[row])
-        cards.append(Card(sample_id, facts, bool(flips is not None and flips[row] > 0), wrong))
-    return cards
+            return np.flatnonzero(several[row] == 1).tolist() or None
+        if labels is not None and np.isfinite(labels[row]):
+            return int(labels[row])
+        return None
+
+    def _detail_note(self) -> str:
+        return "" if not self._maps else "Heat maps are drawn for the hardest samples only."
+
+    def _encoded_map(self, row: int, picture: tuple[int, int]) -> dict[str, Any]:
+        found = self._maps[row]
+        overlap = found.overlap
+        return {
+            "size": list(found.dense.shape),
+            "picture": list(picture),
+            "dense": _bytes(found.dense),
+            "pruned": _bytes(found.pruned),
+            "class": found.klass,
+            "sparsity": found.sparsity,
+            "overlap": None if overlap is None else round(overlap, 3),
+        }
 
 
-def _names(indices: np.ndarray, name_of: Callable[[int], str]) -> str:
-    names = [name_of(int(index)) for index in indices[:8]]
-    more = [f"and {len(indices) - 8} more"] if len(indices) > 8 else []
-    return ", ".join(names + more) or "none"
+def _bytes(values: np.ndarray) -> str:  # [h, w] in [0, 1]
+    return base64.b64encode(np.round(255 * values).astype(np.uint8).tobytes()).decode()

@@ -1,4 +1,4 @@
-"""The plots of a report, each from arrays: `plot_x(..., ax=None) -> (fig, ax)`.
+"""The plots of a run, each from arrays: `plot_x(..., ax=None) -> (fig, ax)`.
 
 They are drawn on a `matplotlib.figure.Figure` of their own, so that the user's backend and open
 figures stay as they are. Colours are told apart by readers with any common colour vision, on a light
@@ -8,23 +8,19 @@ and on a dark ground; what colour tells is told by marker, line or position too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastpie._extras import load_extra
 from fastpie.report.classes import AccuracyCurve
+from fastpie.report.drawing import DENSE, GREY, PRUNED, new_axes, nothing, ramp
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_accuracy", "plot_hardness", "plot_levels", "plot_margins"]
+__all__ = ["bins", "plot_accuracy", "plot_hardness", "plot_levels", "plot_margins"]
 
-DENSE = "#2a83c6"
-PRUNED = "#d9622b"
-_NEUTRAL = "#808890"
-_SIZE = (6.4, 3.7)  # inches
 _MOST_BINS = 50
 _MOST_LEVELS = 8  # more lines cannot be told apart
 
@@ -42,11 +38,11 @@ def plot_hardness(
         fraction: of the samples that lies to the right of the border.
         ax: to draw on; by default a new figure.
     """
-    fig, ax = _axes(ax)
+    fig, ax = new_axes(ax)
     values = _finite(hardness)
     if not len(values):
-        return fig, _nothing(ax, "hardness")
-    ax.hist(values, bins=_bins(values), color=DENSE, log=True)
+        return fig, nothing(ax, "hardness")
+    ax.hist(values, bins=bins(values), color=DENSE, log=True)
     count = int(fraction * len(values))
     if count:
         border = float(np.sort(values)[-count])
@@ -78,23 +74,23 @@ def plot_levels(
         name: of the score.
         ax: to draw on; by default a new figure.
     """
-    fig, ax = _axes(ax)
+    fig, ax = new_axes(ax)
     levels = sorted(s for s, values in scores.items() if len(_finite(values)))
     if not levels:
-        return fig, _nothing(ax, name)
+        return fig, nothing(ax, name)
     if len(levels) > _MOST_LEVELS:
         picks = np.linspace(0, len(levels) - 1, _MOST_LEVELS).round().astype(int)
         levels = [levels[i] for i in picks]
-    bins = _bins(np.concatenate([_finite(scores[s]) for s in levels]))
-    ramp = _ramp(DENSE, PRUNED)
+    edges = bins(np.concatenate([_finite(scores[s]) for s in levels]))
+    colors = ramp(DENSE, PRUNED)
     styles = ("-", "--", "-.", ":")
     for number, sparsity in enumerate(levels):
-        color = ramp(number / max(len(levels) - 1, 1))
-        counts, _ = np.histogram(_finite(scores[sparsity]), bins)
+        color = colors(number / max(len(levels) - 1, 1))
+        counts, _ = np.histogram(_finite(scores[sparsity]), edges)
         # A line ends where its last sample is, and does not fall to a zero that has no logarithm.
         ax.stairs(
             np.where(counts > 0, counts, np.nan),
-            bins,
+            edges,
             baseline=None,
             color=color,
             linewidth=1.8,
@@ -123,19 +119,19 @@ def plot_margins(
         pruned: margin in the pruned model.
         ax: to draw on; by default a new figure.
     """
-    fig, ax = _axes(ax)
+    fig, ax = new_axes(ax)
     both = np.isfinite(dense) & np.isfinite(pruned)
     x, y = dense[both], pruned[both]
     if not len(x):
-        return fig, _nothing(ax, "margin")
+        return fig, nothing(ax, "margin")
     bins = ax.hexbin(
-        x, y, gridsize=(44, 22), mincnt=1, bins="log", linewidths=0, cmap=_ramp(DENSE, DENSE, 0.25)
+        x, y, gridsize=(44, 22), mincnt=1, bins="log", linewidths=0, cmap=ramp((DENSE, 0.25), DENSE)
     )
     bar = fig.colorbar(bins, ax=ax, label="samples")
     bar.outline.set_visible(False)
-    ax.axline((0, 0), slope=1, color=_NEUTRAL, linestyle=":", linewidth=1.2)
+    ax.axline((0, 0), slope=1, color=GREY, linestyle=":", linewidth=1.2)
     for line in (ax.axhline, ax.axvline):
-        line(0, color=_NEUTRAL, linewidth=0.8)
+        line(0, color=GREY, linewidth=0.8)
     ax.set(xlabel="margin in the dense model", ylabel="margin in the pruned model")
     return fig, ax
 
@@ -147,15 +143,15 @@ def plot_accuracy(curve: AccuracyCurve, *, ax: Axes | None = None) -> tuple[Figu
         curve: from `fastpie.report.classes.accuracy_curve`.
         ax: to draw on; by default a new figure.
     """
-    fig, ax = _axes(ax)
+    fig, ax = new_axes(ax)
     lines = [
         ("accuracy", curve.overall, DENSE, "o", "-"),
         ("balanced accuracy", curve.balanced, PRUNED, "s", "--"),
-        ("predicts as the dense model", curve.agreement, _NEUTRAL, "^", ":"),
+        ("predicts as the dense model", curve.agreement, GREY, "^", ":"),
     ]
     drawn = [line for line in lines if line[1]]
     if not drawn:
-        return fig, _nothing(ax, "accuracy")
+        return fig, nothing(ax, "accuracy")
     lowest = min(min(values) for _, values, *_ in drawn)
     floor = max(0.0, np.floor(10 * lowest - 1) / 10)  # what pruning costs is seen above it
     for label, values, color, marker, style in drawn:
@@ -167,39 +163,16 @@ def plot_accuracy(curve: AccuracyCurve, *, ax: Axes | None = None) -> tuple[Figu
     return fig, ax
 
 
-def _axes(ax: Axes | None) -> tuple[Figure, Axes]:
-    if ax is not None:
-        return ax.get_figure(root=True), ax  # type: ignore[return-value]
-    figure = load_extra("matplotlib.figure", "report", "a plot").Figure(
-        figsize=_SIZE, layout="constrained"
-    )
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _nothing(ax: Axes, what: str) -> Axes:
-    ax.set_axis_off()
-    ax.text(0.5, 0.5, f"no {what} to draw", ha="center", va="center", transform=ax.transAxes)
-    return ax
-
-
 def _finite(values: np.ndarray) -> np.ndarray:
     finite: np.ndarray = values[np.isfinite(values)]
     return finite
 
 
-def _bins(values: np.ndarray) -> list[float]:
+def bins(values: np.ndarray) -> list[float]:
+    """Edges of a histogram of finite values, at least one of them."""
     low, high = float(values.min()), float(values.max())
     # Bins narrower than the floats between the ends cannot be cut: equal values, or nearly.
     if high - low <= 1e-9 * max(1.0, abs(low), abs(high)):
         low, high = low - 0.5, high + 0.5
     count = int(np.clip(2 * np.sqrt(len(values)), 10, _MOST_BINS))
     return [float(edge) for edge in np.linspace(low, high, count + 1)]
-
-
-def _ramp(start: str, end: str, alpha: float = 1.0) -> Any:
-    """A colour map from `start` at opacity `alpha` to `end`: visible on any ground."""
-    colors = load_extra("matplotlib.colors", "report", "a plot")
-    ends = [colors.to_rgba(start, alpha), colors.to_rgba(end)]
-    return colors.LinearSegmentedColormap.from_list("fastpie", ends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ import numpy as np
 from fastpie.mining.result import MiningResult
 from fastpie.report.classes import AccuracyCurve
 from fastpie.report.columns import Columns
+from fastpie.report.identities import Identities
 
-__all__ = ["facts", "sentences"]
+__all__ = ["facts", "lead", "sentences", "tiles"]
 
 _STAGES = {
     "read": "could not be read",
@@ -68,13 +70,70 @@ def sentences(result: MiningResult, columns: Columns, curve: AccuracyCurve) -> l
     return said
 
 
-def facts(result: MiningResult) -> list[tuple[str, str]]:
-    """Name and value of what someone needs who makes the run again."""
+def lead(columns: Columns, curve: AccuracyCurve, findings: list[str]) -> str:
+    """The one sentence that stands on top."""
+    if findings:
+        return findings[0]
+    flips = columns.numbers("flip")
+    if flips is not None and len(flips):
+        said = f"Pruning changes the prediction of {flips.mean():.1%} of {len(flips):,} samples"
+        if curve.overall:
+            said += (
+                f" and takes accuracy from {curve.overall[0]:.1%} to {curve.overall[-1]:.1%} at "
+                f"sparsity {curve.sparsities[-1]:g}"
+            )
+        return said + "."
+    return f"{_count(len(columns), 'sample')}, hardest first."
+
+
+def tiles(
+    result: MiningResult, columns: Columns, curve: AccuracyCurve
+) -> list[tuple[str, str, str]]:
+    """Name, value and remark of the figures that matter most."""
+    failed = result.errors.num_rows
+    found = [
+        ("samples", f"{len(columns):,}", f"{failed:,} left out" if failed else "none left out")
+    ]
+    highest = f"at sparsity {columns.sparsities[-1]:g}"
+    if curve.overall:
+        found.append(("accuracy, dense", f"{curve.overall[0]:.1%}", ""))
+        found.append(("accuracy, pruned", f"{curve.overall[-1]:.1%}", highest))
+    flips = columns.numbers("flip")
+    if flips is not None and len(flips):
+        where = "at one level or more" if columns.is_ladder else highest
+        found.append(("predictions changed", f"{flips.mean():.1%}", where))
+    pie = columns.flag("pie")
+    if pie is not None:
+        found.append(("PIEs", f"{pie.sum():,}", f"{pie.mean():.1%} of the samples"))
+    quadrant = columns.codes("quadrant")
+    if quadrant is not None:
+        doubtful = [i for i, name in enumerate(quadrant[1]) if "label in doubt" in name]
+        count = int(np.isin(quadrant[0], doubtful).sum())
+        found.append(("labels in doubt", f"{count:,}", "by their quadrant"))
+    copies = sum(i is not None for i in columns.texts("duplicate_of"))
+    bad = [columns.flag(name) for name in ("dark", "bright", "blurred", "blank")]
+    spoilt = (
+        int(np.any([b for b in bad if b is not None], axis=0).sum())
+        if any(b is not None for b in bad)
+        else 0
+    )
+    if copies or spoilt:
+        found.append(("poor images", f"{spoilt:,}", f"{copies:,} duplicates"))
+    hardness = columns.numbers("hardness")
+    finite = np.array([]) if hardness is None else hardness[np.isfinite(hardness)]
+    if len(found) < 6 and len(finite):
+        most = np.quantile(finite, 0.95)
+        found.append(("hardest 5 %", f"{most:.3g}", "hardness at least"))
+    return found
+
+
+def facts(result: MiningResult, identities: Identities) -> list[tuple[str, str]]:
+    """Name and value of what someone needs who makes the run again; no path unless ids are shown."""
     record = result.record
     config = record["config"]
     fingerprints = record.get("fingerprints", {})
     rows = [
-        ("run", result.location),
+        ("run", result.location if identities.shown else Path(result.location).resolve().name),
         ("started", _time(record.get("created", ""))),
         ("versions", ", ".join(f"{k} {v}" for k, v in record.get("versions", {}).items())),
         *((f"fingerprint of the {name}", str(value)) for name, value in fingerprints.items()),
@@ -82,7 +141,11 @@ def facts(result: MiningResult) -> list[tuple[str, str]]:
         ("batch size", str(config.get("batch_size"))),
         ("BatchNorm recalibrated", "yes" if config.get("recalibrate") else "no"),
     ]
-    for name, value in (record.get("note") or {}).items():
+    note = record.get("note") or {}
+    if note and not identities.shown:
+        rows.append(("note", "hidden, as it can hold names and paths"))
+        note = {}
+    for name, value in note.items():
         rows.append((str(name), value if isinstance(value, str) else json.dumps(value)))
     return rows
 

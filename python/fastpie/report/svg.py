@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fastpie._extras import load_extra
+from fastpie.report.drawing import quiet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ def inline_svg(draw: Callable[[], tuple[Figure, Axes]], alt: str, name: str) -> 
     """
     matplotlib = load_extra("matplotlib", "report", "a plot")
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}), quiet():
         fig, _ = draw()
         fig.savefig(
             buffer,

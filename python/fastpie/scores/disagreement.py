@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastpie import ops
 from fastpie.errors import FastpieError
 from fastpie.ops.disagreement import SCORES
+from fastpie.ops.segmentation_disagreement import IOUS
 
 __all__ = ["TASKS", "checked_labels", "disagreement"]
 
@@ -60,7 +60,8 @@ def disagreement(
 
     Returns:
         fp32 tensors (fp64 for fp64 inputs) on the inputs' device; flip is bool. A row with a NaN or
-        +inf output gives NaN scores and flip False; -inf is a class of probability zero.
+        +inf output gives NaN scores and flip False; -inf is a class of probability zero, and a row
+        or a pixel of nothing but -inf gives NaN. An embedding must be finite.
 
     Raises:
         FastpieError: for shapes, dtypes, devices or labels that do not fit together.
@@ -93,9 +94,10 @@ def disagreement(
     if not ladder:
         pruned = pruned.unsqueeze(0)
     if task == "segmentation":
-        scores = _segmentation(dense, pruned)
+        packed = ops.segmentation_disagreement(dense, pruned)
+        scores = dict(zip(IOUS, packed.unbind(0), strict=True))
     elif task == "embedding":
-        scores = {"drift": _drift(dense, pruned)}
+        scores = {"drift": ops.embedding_disagreement(dense, pruned)}
     else:
         if labels is not None:
             labels = checked_labels(labels, dense.shape[0], dense.shape[1], task)
@@ -144,37 +146,3 @@ def checked_labels(labels: Tensor, rows: int, classes: int, task: str) -> Tensor
             f"{float(labels[row, column]):g} in row {row}, class {column}."
         )
     return labels
-
-
-def _drift(dense: Tensor, pruned: Tensor) -> Tensor:  # [N, D], [L, N, D] -> [L, N]
-    work = torch.promote_types(dense.dtype, torch.float32)
-    difference = functional.normalize(dense.to(work), dim=-1) - functional.normalize(
-        pruned.to(work), dim=-1
-    )
-    drift: Tensor = torch.linalg.vector_norm(difference, dim=-1)
-    return drift
-
-
-def _segmentation(dense: Tensor, pruned: Tensor) -> dict[str, Tensor]:
-    """Soft IoU (Ruzicka) and hard IoU of the foreground, per image."""
-    work = torch.promote_types(dense.dtype, torch.float32)
-    classes = dense.shape[1]
-    z, y = dense.to(work).flatten(2), pruned.to(work).flatten(3)  # [N, C, P], [L, N, C, P]
-    bad = (z.isnan() | (z == torch.inf)).flatten(1).any(-1)
-    bad = bad | (y.isnan() | (y == torch.inf)).flatten(2).any(-1)
-    if classes == 1:
-        p, q = z.sigmoid(), y.sigmoid()
-        hard_p, hard_q = z > 0, y > 0
-    else:
-        p, q = z.softmax(1)[:, 1:], y.softmax(2)[:, :, 1:]  # class 0 is the background
-        index = torch.arange(1, classes, device=z.device).view(-1, 1)
-        hard_p, hard_q = z.argmax(1, True) == index, y.argmax(2, True) == index
-
-    def ratio(intersection: Tensor, union: Tensor) -> Tensor:
-        value = torch.where(union > 0, intersection / union.clamp(min=1e-30), 1.0)
-        return torch.where(bad, torch.nan, value)
-
-    soft = ratio(torch.minimum(p, q).flatten(2).sum(-1), torch.maximum(p, q).flatten(2).sum(-1))
-    both = (hard_p & hard_q).flatten(2).sum(-1).to(work)
-    either = (hard_p | hard_q).flatten(2).sum(-1).to(work)
-    return {"iou": ratio(both, either), "iou_soft": soft}

@@ -1,0 +1,186 @@
+"""`Follower`: a private copy of a model in training, pruned anew whenever the weights have changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpie.dual import DualEngine, DualModel
+from fastpie.dual.calibration import statistics_of
+from fastpie.errors import FastpieError
+from fastpie.mining.ranks import Ranks
+from fastpie.mining.run import DEFAULT_LADDER
+from fastpie.pruning import Masks, prune
+from fastpie.pruning.prune import prunable_weights
+
+__all__ = ["Follower"]
+
+
+class Follower:
+    """The dual model of a model in training, and its engine, apart from the training.
+
+    Attributes:
+        device: where it is.
+        dual: over a copy of the model, in eval mode.
+        plan: of the engine, None until there is one; kernels are chosen by timing, so what goes on
+            from a state must be told it (`take_plan`) to choose alike.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | DualModel,
+        device: str | torch.device | None,
+        *,
+        precision: str,
+        backend: str,
+    ) -> None:
+        """Copy the model; see `Recorder`.
+
+        Raises:
+            FastpieError: for a model that cannot be copied, masks that `prune` did not choose, or a
+                device that torch cannot use.
+        """
+        self._model, masks = _trained(model)
+        self._rule = _rule_of(masks, self._model)
+        self._options = {"precision": precision, "backend": backend}
+        self._engine: DualEngine | None = None
+        self.plan: dict[str, Any] | None = None
+        self.device = _place(device, self._model)
+        self.dual = DualModel(_private(self._model, self.device), masks).eval()
+
+    def follow(self, ranks: Ranks, batches: Callable[[], Iterable[Any]]) -> None:
+        """Be what the model is now on rank 0, with masks and BatchNorm statistics made anew.
+
+        Args:
+            ranks: the processes of the training.
+            batches: gives those to recalibrate from; called on rank 0 and where there is BatchNorm.
+
+        Raises:
+            FastpieError: for weights that are not finite, or a model of other parameters than before.
+        """
+
+        def prepare() -> dict[str, Tensor]:
+            levels = self.dual.sparsities
+            sparsity = levels if self.dual.is_ladder else levels[0]
+            self.dual.masks = prune(self.dual.model, sparsity, **self._rule)
+            dense = statistics_of(self.dual.model)
+            for level in range(len(levels)):
+                _copy(dense, self.dual.statistics(level))
+            if dense:
+                self.dual.recalibrate(batches())
+            return {k: v.cpu() for k, v in _tensors(self.dual).items()} if ranks.count > 1 else {}
+
+        live, own = _tensors(self._model), _tensors(self.dual.model)
+        if {k: v.shape for k, v in live.items()} != {k: v.shape for k, v in own.items()}:
+            raise FastpieError(
+                "Expected the parameters and buffers that the model had when the Recorder was made, "
+                f"but those of {type(self._model).__name__} have other names or shapes now."
+            )
+        _copy(live, own)
+        # BatchNorm statistics of DDP differ from rank to rank.
+        _copy(ranks.first(prepare), _tensors(self.dual))
+
+    def refresh(self, ranks: Ranks, example: tuple[Any, ...]) -> DualEngine:
+        """The engine of `dual` as it is now, with the kernels that rank 0 has chosen.
+
+        Compiled the first time, refreshed after that.
+
+        Args:
+            ranks: the processes of the training.
+            example: a batch, as the model's positional arguments.
+        """
+
+        def chosen() -> dict[str, Any]:
+            if self._engine is None:
+                self._engine = self._compile(example)
+            return self._engine.plan
+
+        if self._engine is not None:
+            self._engine.refresh()
+        self.plan = ranks.first(chosen)
+        if self._engine is None or self._engine.plan != self.plan:
+            self._engine = self._compile(example)
+        return self._engine
+
+    def take_plan(self, plan: dict[str, Any] | None) -> None:
+        """Choose kernels as an earlier engine did."""
+        self.plan, self._engine = plan, None
+
+    def _compile(self, example: tuple[Any, ...]) -> DualEngine:
+        return self.dual.compile(example, plan=self.plan, **self._options)
+
+
+def _trained(model: Any) -> tuple[nn.Module, Masks]:
+    """The module that is trained, unwrapped, and masks that tell how to prune it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):  # of torch.compile
+            model = model._orig_mod
+        else:
+            break
+    if isinstance(model, DualModel):
+        return model.model, model.masks
+    return model, prune(model, DEFAULT_LADDER)
+
+
+def _rule_of(masks: Masks, model: nn.Module) -> dict[str, Any]:
+    """The arguments of `prune` that choose masks of the same parameters again.
+
+    Raises:
+        FastpieError: for masks that `prune` has not chosen.
+    """
+    rule: dict[str, Any] = {key: masks.info.get(key) for key in ("method", "scope", "seed")}
+    if rule["method"] not in ("l1", "random"):
+        raise FastpieError(
+            "Expected masks of fastpie.prune, which can be chosen again from the weights of a later "
+            f"epoch, but got masks made otherwise (method {rule['method']!r})."
+        )
+    holders = {
+        type(module)
+        for prefix, module in model.named_modules()
+        if (f"{prefix}.weight" if prefix else "weight") in masks
+    }
+    rule["modules"] = tuple(holders)
+    prunable = prunable_weights(model, modules=rule["modules"])
+    rule["exclude"] = [name for name in prunable if name not in masks]
+    if prunable.keys() - rule["exclude"] != masks.keys():
+        raise FastpieError(
+            f"Expected masks of weights that `prune` finds in {type(model).__name__}, but some are "
+            "not among them."
+        )
+    return rule
+
+
+def _place(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    try:
+        return torch.empty(0, device=device or next(model.parameters()).device).device
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+        raise FastpieError(
+            f"Expected a device that torch can use, but got {device!r}: {error}"
+        ) from error
+
+
+def _private(model: nn.Module, device: torch.device) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise FastpieError(
+            f"Expected a model that copy.deepcopy can copy, but {type(model).__name__} raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return copied.to(device).requires_grad_(False)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those that are not saved included."""
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
