@@ -33,7 +33,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as Pillow's
 _Z, _NORMAL = 3.5, 0.6745
 # However alike the others are, what is flagged must be this fraction of the median, or less: a
 # difference that can be seen. docs/design/analysis.md has the figures.
-_DARK, _BLURRED, _BLANK = 0.6, 0.4, 0.25
+_DARK, _DIM, _BLURRED, _BLANK = 0.6, 0.4, 0.4, 0.25
 _FLAT = (
     0.01  # contrast of a blank image at most: 2.5 of 255 grey levels, what a sensor's noise makes
 )
@@ -80,9 +80,10 @@ def image_quality(
       microscopy", ICPR 2000), after a Gaussian of 1 pixel, divided by the variance of the image so that
       contrast does not count; null for a constant image. It depends on what is shown, and on the size
       of the image: compare images of one kind.
-    - `dark`, `bright`, `blurred`: brightness, 1 - brightness or sharpness is an outlier to below (the
-      logarithm's modified z-score under -3.5) among the images that are not blank, and at most .6,
-      .6 or .4 of their median.
+    - `dark`: brightness is an outlier to below and at most .6 of the median, or the brightest parts
+      (99 % quantile) are and at most .4. `bright`: likewise what lacks to white, in brightness or in
+      the darkest parts (1 %). `blurred`: sharpness, at most .4. An outlier has a logarithm whose
+      modified z-score is under -3.5, among the images that are not blank.
     - `blank`: contrast of at most .01, and at most a quarter of the median contrast of the data set; or
       none at all. It is not called blurred nor a duplicate.
     - `duplicate_of`: the sample_id of the first image of a group of near-identical ones, in the order
@@ -230,12 +231,16 @@ def _sharpness(plane: np.ndarray, deviation: float) -> float:
 def _table(ids: Any, measures: np.ndarray) -> pa.Table:
     read = measures["read"]
     low, high = _ranges(measures)
-    brightness = ((measures["mean"] - low) / (high - low)).clip(0, 1)
+    brightness, darkest, brightest = (
+        ((measures[name] - low) / (high - low)).clip(0, 1) for name in ("mean", "low", "high")
+    )
     contrast = (measures["deviation"] / (high - low)).clip(0, 1)
     sharpness = np.where(read, measures["sharpness"], np.nan)
     blank = _blank(contrast)
     others = read & ~blank
     first = first_alike(np.where(others[:, None], measures["coefficients"], np.float16(0)))
+    dark = _outliers(brightness, others, _DARK) | _outliers(brightest, others, _DIM)
+    bright = _outliers(1 - brightness, others, _DARK) | _outliers(1 - darkest, others, _DIM)
     copies = first != np.arange(len(first))
     return pa.table(
         {
@@ -243,8 +248,8 @@ def _table(ids: Any, measures: np.ndarray) -> pa.Table:
             "brightness": _numbers(brightness),
             "contrast": _numbers(contrast),
             "sharpness": _numbers(sharpness),
-            "dark": pa.array(_outliers(brightness, others, _DARK), mask=~read),
-            "bright": pa.array(_outliers(1 - brightness, others, _DARK), mask=~read),
+            "dark": pa.array(dark, mask=~read),
+            "bright": pa.array(bright, mask=~read),
             "blurred": pa.array(_outliers(sharpness, others, _BLURRED) & others, mask=~read),
             "blank": pa.array(blank, mask=~read),
             "duplicate_of": ids.take(pa.array(first, mask=~copies)),
