@@ -131,11 +131,15 @@ def _run(packages: Sequence[str]) -> dict[str, Any]:
     return {
         "versions": versions(*packages),
         "commit": _commit(),
-        "command": " ".join(
-            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-        ),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def _module() -> str:
+    """The benchmark that runs: a file of this folder, or a package with a `__main__.py`."""
+    program = Path(sys.argv[0])
+    return f"benchmarks.{program.parent.name if program.stem == '__main__' else program.stem}"
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
