@@ -8,13 +8,15 @@ penultimate features put a wrong label among the samples of that label. Earlier 
 from __future__ import annotations
 
 import numpy as np
+from scipy.special import entr
 from sklearn.metrics import pairwise_distances
 from sklearn.neighbors import NearestNeighbors
 
 from benchmarks.quality.trials import Trial
 
 __all__ = [
-    "agreement", "conflict", "early", "leave_one_out", "mahalanobis", "nearest", "penultimate",
+    "agreement", "conflict", "early", "label_entropy", "leave_one_out", "mahalanobis", "nearest",
+    "penultimate",
 ]  # fmt: skip
 
 PENALTY = 0.1  # of the probe, times the number of samples; columns have variance 1
@@ -48,6 +50,15 @@ def agreement(indices: np.ndarray, y: np.ndarray) -> np.ndarray:  # [N]
     else:
         result = (y[indices] == y[:, None]).mean((1, 2))
     return result
+
+
+def label_entropy(indices: np.ndarray, y: np.ndarray) -> np.ndarray:  # [N]
+    """Of the shares of labels among the neighbours, in nats, of several labels summed; not of the own label."""
+    if y.ndim == 1:
+        shares = (y[indices][:, :, None] == np.arange(y.max() + 1)).mean(1)
+        return entr(shares).sum(1)
+    shares = y[indices].mean(1)
+    return (entr(shares) + entr(1 - shares)).sum(1)
 
 
 def conflict(features: np.ndarray, y: np.ndarray, k: int) -> np.ndarray:  # [N]

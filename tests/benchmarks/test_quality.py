@@ -105,6 +105,8 @@ def test_neighbours_leave_the_sample_itself_out():
     assert indices[3].tolist() == [2, 1]
     labels = np.array([0, 0, 1, 1])
     np.testing.assert_allclose(neighbours.agreement(indices, labels), [0.5, 0.5, 0, 0.5])
+    entropy = neighbours.label_entropy(indices, labels)
+    np.testing.assert_allclose(entropy, np.log(2) * np.array([1, 1, 0, 1]))
     conflict = neighbours.conflict(features, labels, 1)
     np.testing.assert_allclose(conflict, [1 / 4, 1 / 3, 7 / 9, 7 / 16])
     assert neighbours.conflict(features, np.array([0, 0, 0, 1]), 1)[3] == 0.5
