@@ -137,9 +137,11 @@ def _run(packages: Sequence[str]) -> dict[str, Any]:
 
 
 def _module() -> str:
-    """The benchmark that runs: a file of this folder, or a package with a `__main__.py`."""
-    program = Path(sys.argv[0])
-    return f"benchmarks.{program.parent.name if program.stem == '__main__' else program.stem}"
+    """The benchmark that runs, as python -m takes it."""
+    parts = Path(sys.argv[0]).with_suffix("").parts
+    if "benchmarks" in parts:
+        parts = parts[len(parts) - parts[::-1].index("benchmarks") :]
+    return ".".join(("benchmarks", *parts)).removesuffix(".__main__")
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

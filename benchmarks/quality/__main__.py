@@ -1,7 +1,7 @@
 """Train, score and write `benchmarks/results/quality-<machine>.json`. Run: `python -m benchmarks.quality`.
 
-About an hour on one core. A trial that is done stays in the work folder, so that an interrupted run goes on, and
-several processes with `--train` and other seeds can share the work.
+About an hour on one core, nearly all of it training. A trial that is done stays in the work folder, so
+that an interrupted run goes on, and processes with `--train` and different seeds can share the work.
 """
 
 from __future__ import annotations
@@ -16,13 +16,16 @@ import numpy as np
 import torch
 
 from benchmarks import harness
-from benchmarks.quality import levels, segmentation
+from benchmarks.quality import levels
 from benchmarks.quality.data import KINDS, Planted, make
 from benchmarks.quality.metrics import auroc, interval, paired, precision_at_5
 from benchmarks.quality.scores import COLUMNS, SCORES
 from benchmarks.quality.trials import Trial, trial
 
-CASES = tuple(itertools.product(("digits", "chest film", "skin lesion"), ("cnn", "resnet10")))
+CASES = (
+    *itertools.product(("digits", "chest film", "skin lesion"), ("cnn", "resnet10")),
+    ("digits", "densenet"),
+)
 # On these fastpie's columns were chosen; what is said about them against peers is from the others.
 CHOSEN_ON = (0, 1)
 
@@ -50,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.train:
         return
     rows = measure(cases, options.seeds)
-    rows += segmentation.rows(options.seeds, options.size)
-    packages = ("numpy", "scipy", "scikit-learn", "cleanlab")
+    packages = ("numpy", "scipy", "scikit-learn", "cleanlab", "monai")
     print(harness.write_results("quality", rows, packages=packages))
 
 

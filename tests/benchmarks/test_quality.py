@@ -147,7 +147,6 @@ def test_a_rule_takes_the_last_level_before_the_first_that_fails():
 def test_a_whole_run(tmp_path, monkeypatch):
     monkeypatch.setattr(quality, "CASES", (("digits", "cnn"), ("chest film", "cnn")))
     monkeypatch.setitem(training.train.__kwdefaults__, "epochs", 6)
-    monkeypatch.setattr(segmentation, "EPOCHS", 1)
     monkeypatch.setenv("OUT", str(tmp_path / "results"))
     monkeypatch.setattr("sys.argv", ["benchmarks/quality/__main__.py", "--seeds", "2"])
     arguments = ["--work", str(tmp_path / "work"), "--seeds", "2", "--size", str(SIZE)]
@@ -174,5 +173,17 @@ def test_a_whole_run(tmp_path, monkeypatch):
         assert f"| {score.name} |" in text
     assert text.count("*label in doubt*") == 1
     assert "best level, chosen by the truth" in table.level_table(content["rows"])
-    assert "entropy by area" in table.segmentation_table(content["rows"])
     assert table.comparison_table(content["rows"]).count("\n") == 1 + 4 * len(data.KINDS)
+
+
+def test_segmentation(tmp_path, monkeypatch):
+    monkeypatch.setattr(segmentation, "EPOCHS", 6)
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["/x/benchmarks/repo/benchmarks/quality/segmentation.py"])
+    segmentation.main(range(2), SIZE)
+    (path,) = tmp_path.glob("quality-segmentation-*.json")
+    content = json.loads(path.read_text())
+    assert content["command"] == "python -m benchmarks.quality.segmentation"
+    for row in content["rows"]:
+        assert -1 <= row["spearman_with_error"]["mean"] <= 1
+        assert f"| {row['score']} |" in table.segmentation_table(content["rows"])
