@@ -168,10 +168,11 @@ def test_a_whole_run(tmp_path, monkeypatch):
     comparisons = [row for row in content["rows"] if "difference" in row]
     assert {row["kind"] for row in comparisons} == set(data.KINDS)
 
-    text = table.quality_table(content["rows"])
+    text = table.quality_table(content["rows"], variants=True)
     for score in scores.SCORES:
         assert f"| {score.name} |" in text
-    assert text.count("*label in doubt*") == 1
+    assert {score.name for score in scores.SCORES} > table._VARIANTS
+    assert table.quality_table(content["rows"]).count("*label in doubt*") == 1
     assert "best level, chosen by the truth" in table.level_table(content["rows"])
     assert table.comparison_table(content["rows"]).count("\n") == 1 + 4 * len(data.KINDS)
 
