@@ -73,7 +73,7 @@ def quality_table(rows: list[dict[str, Any]], *, variants: bool = False) -> str:
     cases = {(row["data"], row["network"]) for row in rows}
     seeds = sorted({row["auroc"]["seeds"] for row in rows})
     note = (
-        "AUROC / precision among the 5 % highest, for finding one planted kind among all images: means "
+        "AUROC / precision among the 5 % highest (at most 1, .6, .6, .8), for finding one planted kind among all images: means "
         f"over {len(cases)} pairs of a set and a network, {_span(seeds)} seeds each (intervals and "
         "single pairs: in the file, with more variants). Bold: the best here of what needs the same. In italics: "
         "the column of fastpie's table that the score fills. None of these columns is a pruning score: "
@@ -99,6 +99,12 @@ def comparison_table(rows: list[dict[str, Any]]) -> str:
                 f"| {d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f}) | {p} "
                 f"| {row['ahead']} of {row['cases']} |"
             )
+    note = (
+        "The best score of others by its mean, on the seeds on which fastpie's columns were not chosen. "
+        "Interval and p: paired t over networks and seeds of each set, which share images, so that both are on "
+        "the hopeful side. Ahead in: pairs of a set and a network."
+    )
+    lines += ["", note]
     return "\n".join(lines)
 
 
