@@ -131,11 +131,17 @@ def _run(packages: Sequence[str]) -> dict[str, Any]:
     return {
         "versions": versions(*packages),
         "commit": _commit(),
-        "command": " ".join(
-            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-        ),
+        "command": " ".join(["python", "-m", _module(), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def _module() -> str:
+    """The benchmark that runs, as python -m takes it."""
+    parts = Path(sys.argv[0]).with_suffix("").parts
+    if "benchmarks" in parts:
+        parts = parts[len(parts) - parts[::-1].index("benchmarks") :]
+    return ".".join(("benchmarks", *parts)).removesuffix(".__main__")
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

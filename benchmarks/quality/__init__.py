@@ -1,0 +1,1 @@
+"""How well each score finds what was planted: `python -m benchmarks.quality`."""
