@@ -31,10 +31,17 @@ def _samples(analysis: Analysis) -> list[str]:
     counts = analysis.facts.get("quadrants")
     if not counts:
         return []
-    parts = [f"{n:,} {name}" for name, n in counts.items() if name not in ("typical", "None")]
-    if not parts:
-        return []
-    return [f"Of {analysis.facts['samples']:,} samples, {_joined(sorted(parts))}."]
+    both = counts.get("hard, label in doubt", 0)
+    hard, doubt = (both + counts.get(name, 0) for name in ("hard", "label in doubt"))
+    share = f"{analysis.facts['fraction']:.0%}"
+    if not doubt:
+        return [f"{hard:,} of {analysis.facts['samples']:,} samples are the hardest {share}."]
+    said = (
+        f"Of {analysis.facts['samples']:,} samples look at {doubt:,} labels in doubt, the {share} that "
+        f"least speaks for, and at the hardest {share}: {both:,} of them are among those, "
+        f"{hard - both:,} are hard with a label that is not in doubt."
+    )
+    return [said]
 
 
 def _pies(analysis: Analysis) -> list[str]:
@@ -166,7 +173,7 @@ def _images(analysis: Analysis) -> list[str]:
     ]
     copies = len(samples) - samples.column("duplicate_of").null_count
     if copies:
-        parts.append(f"{copies:,} copies of another image")
+        parts.append("a copy of another image" if copies == 1 else f"{copies:,} copies of others")
     return [f"Among the images: {_joined(parts)}."] if parts else []
 
 
