@@ -21,6 +21,7 @@ from benchmarks.quality.measures import (
     spearman,
 )  # fmt: skip
 from benchmarks.quality.trials import LADDER, LEVELS, Trial
+from fastpie.analysis import atypical, nearest_neighbours
 
 __all__ = ["COLUMNS", "SCORES", "Score"]
 
@@ -75,13 +76,11 @@ def _conflict(t: Trial, y: np.ndarray) -> np.ndarray:
 
 
 def _probe(t: Trial, y: np.ndarray, key: str = "features") -> np.ndarray:
-    z = near.leave_one_out(near.early(t, key), y)
-    return -margin(z if y.ndim == 1 else z - 0.5, y)
+    return near.probe(near.early(t, key), y)
 
 
 def _distance(t: Trial, y: np.ndarray, key: str = "features", k: int = K_DISTANCE) -> np.ndarray:
-    mean: np.ndarray = near.nearest(near.early(t, key), k)[0].mean(1)
-    return mean
+    return atypical(nearest_neighbours(near.early(t, key), k, metric="euclidean"))
 
 
 def _penultimate_distance(metric: str) -> Callable[[Trial, np.ndarray], np.ndarray]:
