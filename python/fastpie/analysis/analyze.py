@@ -244,6 +244,8 @@ def analyze_predictions(
     Raises:
         FastpieError: for options that do not fit the predictions.
     """
+    if compat not in (None, "prunecxr"):
+        raise FastpieError(f"Expected `compat` to be None or 'prunecxr', but got {compat!r}.")
     if compat is not None and sparsity is None:
         sparsity = _PRUNECXR_SPARSITY
     level = predictions.level(sparsity)
