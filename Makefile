@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv in this folder, torch pinned by constraints.txt.
-.PHONY: install demo test test-faults sanitize emulate bench bench-mining bench-peers peers bench-report lint format gpu-check clean
+.PHONY: install demo test test-faults sanitize emulate bench bench-mining bench-quality bench-peers peers bench-report lint format gpu-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -81,6 +81,9 @@ emulate: install
 
 bench: install
 	$(BIN)/python -m benchmarks.bench_disagreement
+	$(BIN)/python -m benchmarks.bench_segmentation_disagreement
+	$(BIN)/python -m benchmarks.bench_embedding_disagreement
+	$(BIN)/python -m benchmarks.bench_analysis
 	$(BIN)/python -m benchmarks.bench_demo
 	$(BIN)/python -m pytest benchmarks/test_operations.py --short --benchmark-max-time=0.3 \
 	  --benchmark-columns=min,median,rounds
@@ -91,6 +94,11 @@ bench-mining: install
 	$(BIN)/python -m benchmarks.bench_decode
 	$(BIN)/python -m benchmarks.bench_mining
 	$(BIN)/python -m benchmarks.bench_select
+
+# How well each score finds what was planted: trains for an hour on one core, and goes on where it was.
+bench-quality: install
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.quality.segmentation
 
 # The goals table of the CPU engine against everybody else; for hours, alone on the machine.
 # Parts of it: python -m benchmarks.bench_dual --help

@@ -1,8 +1,9 @@
 """`make bench-report`: the tables of the documents and the plots in docs/ from the committed results.
 
 A block lies between `<!-- NAME:begin -->` and `<!-- NAME:end -->`: `benchmarks` (what
-is fast by itself), `benchmarks:dual` (whole networks), `benchmarks:mining` (long runs), `demo` in the README; `goals`, `layers` in
-docs/design/cpu-engine.md.
+is fast by itself), `benchmarks:dual` (whole networks), `benchmarks:mining` (long runs), `quality`, `demo` in the
+README; `goals`, `layers` in docs/design/cpu-engine.md; `comparison`, `level-rule`, `segmentation` in
+docs/design/quality.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,12 @@ from matplotlib.figure import Figure
 
 from benchmarks.goals import goals_table, layers_table
 from benchmarks.harness import RESULTS
+from benchmarks.quality.table import (
+    comparison_table,
+    level_table,
+    quality_table,
+    segmentation_table,
+)
 
 ROOT = RESULTS.parent.parent
 
@@ -318,6 +325,8 @@ def main() -> None:
     rows = load()
     dual = [row for row in rows if row["head"]["what"] == "dual-forward"]
     mining = [row for row in rows if row["head"]["what"] in MINING]
+    quality = [row for row in rows if row["head"]["what"] == "quality"]
+    segmentation = [row for row in rows if row["head"]["what"] == "quality-segmentation"]
     speed = [row for row in rows if "ratio" in row and row not in dual and row not in mining]
     blocks = {"benchmarks": table(speed), "benchmarks:mining": mining_table(mining)}
     if dual:
@@ -325,6 +334,15 @@ def main() -> None:
         plot_dual(dual, ROOT / "docs" / "dual.svg")
         tables = {"goals": goals_table(dual), "layers": layers_table(dual)}
         fill(ROOT / "docs" / "design" / "cpu-engine.md", tables)
+    if quality and segmentation:
+        blocks["quality"] = f"{quality_table(quality)}\n\n{_source(quality[0])}"
+        sources = [_source(quality[0]), _source(segmentation[0])]
+        tables = {
+            "comparison": f"{comparison_table(quality)}\n\n{sources[0]}",
+            "level-rule": f"{level_table(quality)}\n\n{sources[0]}",
+            "segmentation": f"{segmentation_table(segmentation)}\n\n{sources[1]}",
+        }
+        fill(ROOT / "docs" / "design" / "quality.md", tables)
     for row in rows:
         if row["head"]["what"] == "demo":
             blocks["demo"] = demo_table(row)
