@@ -36,6 +36,7 @@ def score_table(labels, margins, **columns):
             "sample_id": [f"s{i:03d}" for i in range(len(labels))],
             "label": pa.array(labels),
             "margin_dense": margins[0],
+            "loss_dense": -margins[0],
             **levels,
             **columns,
         }
@@ -169,7 +170,7 @@ def several_labels():
             "sample_id": predictions.sample_ids,
             "label": flat,
             "margin_dense": generator.normal(size=60),
-            "margin_pruned": generator.normal(size=60),
+            "loss_dense": generator.random(60),
         }
     )
     return table, predictions, wrong, truth
@@ -193,9 +194,29 @@ def test_the_most_doubtful_of_several_labels():
 def test_several_labels_from_the_score_table_alone():
     table, _, _, _ = several_labels()
     doubt = label_in_doubt(table)
-    mean = (table["margin_dense"].to_numpy() + table["margin_pruned"].to_numpy()) / 2
-    np.testing.assert_allclose(score(doubt), rankdata(-mean) / 60)
+    loss = table["loss_dense"].to_numpy()
+    np.testing.assert_allclose(score(doubt), rankdata(loss) / 60)
+    np.testing.assert_allclose(doubt.samples["doubt_margin"], loss)
     assert doubt.samples["doubtful_class"].null_count == 60
+    outside = label_in_doubt(table.slice(1), out_of_sample=table)
+    np.testing.assert_allclose(score(outside), rankdata(loss[1:]) / 59)
+    records = pa.table({"sample_id": table["sample_id"], "loss_dense_mean": 1 - loss})
+    np.testing.assert_allclose(score(label_in_doubt(table, epochs=records)), 61 / 60 - score(doubt))
+
+
+def test_classes_come_before_epochs_that_know_only_samples():
+    table, predictions, _, _ = several_labels()
+    records = pa.table({"sample_id": table["sample_id"], "loss_dense_mean": np.zeros(60)})
+    doubt = label_in_doubt(table, predictions=predictions, epochs=records)
+    assert doubt.samples.equals(label_in_doubt(table, predictions=predictions).samples)
+
+
+def test_a_committee_of_several_labels():
+    table, predictions, _, _ = several_labels()
+    margins = np.random.default_rng(9).normal(size=(60, 4))
+    doubt = label_in_doubt(table, predictions=predictions, committee=margins)
+    np.testing.assert_allclose(doubt.samples["doubt_margin"], -margins.min(1))
+    assert doubt.samples["doubtful_class"].to_pylist() == ["abcd"[c] for c in margins.argmin(1)]
 
 
 def test_margins_of_samples_join_the_classes_of_neighbours():
@@ -204,7 +225,7 @@ def test_margins_of_samples_join_the_classes_of_neighbours():
     doubt = label_in_doubt(table, features=truth * 2 - 1, metric="euclidean")
     conflict = label_conflict(truth * 2 - 1, labels, metric="euclidean", task="multilabel")
     worst = rank_mean([(1, conflict)])
-    margin = rankdata(-(table["margin_dense"].to_numpy() + table["margin_pruned"].to_numpy())) / 60
+    margin = rankdata(table["loss_dense"].to_numpy()) / 60
     # The ranks of the classes' largest are ranked once more among the samples.
     expected = (margin + 2 * rankdata(np.nanmax(worst, 1)) / 60) / 3
     np.testing.assert_allclose(score(doubt), expected)
@@ -286,7 +307,9 @@ def test_bad_input(arguments, message):
 
 
 def test_a_table_without_labels():
-    with pytest.raises(FastpieError, match="with labels, but it has no label column"):
+    with pytest.raises(
+        FastpieError, match=r"with labels, but it has no columns \['label', 'loss_dense'\]"
+    ):
         label_in_doubt(pa.table({"sample_id": ["a"], "margin_dense": [1.0]}))
 
 

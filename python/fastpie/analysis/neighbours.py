@@ -48,7 +48,7 @@ class Neighbours:
 
 def nearest_neighbours(
     features: Any,  # [N, D], or a run that kept its features, or its folder
-    k: int = 10,
+    k: int = 20,
     *,
     metric: str = "cosine",
     library: str = "fastpie",
