@@ -133,6 +133,7 @@ def test_margins_of_arrays():
     several = label_margins(logits[:2], [[1, 0, np.nan], [0, 1, 1]], task="multilabel")
     np.testing.assert_array_equal(several, [[1, -3, np.nan], [-2, 2, np.nan]])
     assert np.isnan(label_margins(np.ones((2, 1)), [0, 0])).all()
+    assert label_margins(np.array([[-np.inf, 1.0]]), [0]) == -np.inf  # of probability zero
     table_of = fastpie.disagreement(
         torch.from_numpy(logits[:1]), torch.from_numpy(logits[:1]), torch.tensor([0])
     )

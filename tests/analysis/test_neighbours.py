@@ -332,7 +332,7 @@ class Network(torch.nn.Module):
 def mined(folder, **options):
     torch.manual_seed(0)
     images = torch.randn(40, 1, 2, 2)
-    images[7] = torch.nan  # in the errors, not in the table
+    images[options.pop("broken", 7)] = torch.nan  # in the errors, not in the table
     models = []
     for _ in range(options.pop("models", 1)):
         network = Network().eval()
@@ -390,3 +390,9 @@ def test_a_run_without_features(tmp_path):
     run, _, _ = mined(tmp_path / "run")
     with pytest.raises(FastpieError, match="was made without keep_features=True"):
         nearest_neighbours(run)
+
+
+def test_a_run_of_which_nothing_could_be_scored(tmp_path):
+    run, _, _ = mined(tmp_path / "run", keep_features=True, broken=slice(None))
+    assert len(run) == 0
+    assert nearest_neighbours(run, 3).indices.shape == (0, 3)

@@ -155,7 +155,7 @@ def label_margins(
         task: "multiclass" or "multilabel".
 
     Returns:
-        NaN for an unknown label, a row with NaN, or a single class.
+        NaN for an unknown label, a row with NaN, or a single class; -inf for a logit of -inf.
 
     Raises:
         FastpieError: for shapes or classes that do not fit.
@@ -176,7 +176,7 @@ def label_margins(
     np.put_along_axis(z, at, -np.inf, -1)
     with np.errstate(invalid="ignore"):
         margins = own - z.max(-1, initial=-np.inf)  # NaN goes through
-    return np.where(known[:, 0] & np.isfinite(margins), margins, np.nan)
+    return np.where(known[:, 0] & (margins < np.inf), margins, np.nan)
 
 
 def rank_mean(views: Sequence[tuple[float, np.ndarray]]) -> np.ndarray:
