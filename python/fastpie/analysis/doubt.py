@@ -71,7 +71,8 @@ def label_in_doubt(
 
     A model that has memorised its labels gives wrong ones a margin too. What still tells there is how
     its features lie, best in the last feature map *before* the global pooling, or a block earlier, not
-    in the pooled vector: mine with `features=` that module.
+    in the pooled vector: mine with `features=` that module. Where an image shows several things in
+    several places (multilabel) the pooled vector was better (AUROC .96 against .89).
 
     Multilabel: both views are taken of each class and ranked together, and a sample has the largest
     doubt of its classes; the margins are those of the dense model alone, which told wrong labels better
