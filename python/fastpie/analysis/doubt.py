@@ -20,9 +20,9 @@ from fastpie.mining.result import MiningResult
 __all__ = ["Doubt", "label_in_doubt", "label_margins", "rank_mean"]
 
 # How often each counts in the mean of the ranks. Small residual networks that have memorised digits of
-# which 10 % are labelled wrong, AUROC for those, conflict twice / once beside the margin over levels: in
-# the last feature map .972 / .957, on a cluttered canvas .925 / .904; in pooled features .948 / .938,
-# .828 / .834; three to five labels an image, pooled features, beside the dense margin .977 / .980.
+# which 10 % are labelled wrong, 2 to 3 seeds, AUROC for those, conflict twice / once beside the margin
+# over levels: in the last feature map .977 / .964, on a cluttered canvas .925 / .904; in pooled features
+# .956 / .948, .828 / .834; one to three labels an image, pooled, beside the dense margin .977 / .981.
 _CONFLICT_COUNTS, _MARGIN_COUNTS = 2, 1
 # What a table of a training has the means over epochs in: fastpie.mining.Recorder's name, and others'.
 _EPOCH_COLUMNS = ("margin_dense_mean", "margin_mean", "aum")
@@ -76,10 +76,10 @@ def label_in_doubt(
 
     Multilabel: both views are taken of each class and ranked together, and a sample has the largest
     doubt of its classes; the margins are those of the dense model alone, which told wrong labels better
-    than the levels (AUROC .97 against .95). They need `predictions`, which come before a table of
+    than the levels (AUROC .97 against .96). They need `predictions`, which come before a table of
     epochs. Without, the loss joins the ranks of the samples, over epochs or of the dense model: it
     told them better than the margin in a multilabel score table, lowest positive minus highest
-    negative (.97 against .84).
+    negative (.97 against .85).
 
     Args:
         run: a run with labels, its folder, or its score table. Of a run, `features` and, for
