@@ -36,6 +36,7 @@ def score_table(labels, margins, **columns):
             "sample_id": [f"s{i:03d}" for i in range(len(labels))],
             "label": pa.array(labels),
             "margin_dense": margins[0],
+            "loss_dense": -margins[0],
             **levels,
             **columns,
         }
@@ -125,6 +126,7 @@ def test_margins_of_arrays():
     several = label_margins(logits[:2], [[1, 0, np.nan], [0, 1, 1]], task="multilabel")
     np.testing.assert_array_equal(several, [[1, -3, np.nan], [-2, 2, np.nan]])
     assert np.isnan(label_margins(np.ones((2, 1)), [0, 0])).all()
+    assert label_margins(np.array([[-np.inf, 1.0]]), [0]) == -np.inf  # of probability zero
     table_of = fastpie.disagreement(
         torch.from_numpy(logits[:1]), torch.from_numpy(logits[:1]), torch.tensor([0])
     )
@@ -156,7 +158,7 @@ def several_labels():
             "sample_id": predictions.sample_ids,
             "label": flat,
             "margin_dense": generator.normal(size=60),
-            "margin_pruned": generator.normal(size=60),
+            "loss_dense": generator.random(60),
         }
     )
     return table, predictions, wrong, truth
@@ -180,9 +182,29 @@ def test_the_most_doubtful_of_several_labels():
 def test_several_labels_from_the_score_table_alone():
     table, _, _, _ = several_labels()
     doubt = label_in_doubt(table)
-    mean = (table["margin_dense"].to_numpy() + table["margin_pruned"].to_numpy()) / 2
-    np.testing.assert_allclose(score(doubt), rankdata(-mean) / 60)
+    loss = table["loss_dense"].to_numpy()
+    np.testing.assert_allclose(score(doubt), rankdata(loss) / 60)
+    np.testing.assert_allclose(doubt.samples["label_margin"], -loss)
     assert doubt.samples["doubtful_class"].null_count == 60
+    outside = label_in_doubt(table.slice(1), out_of_sample=table)
+    np.testing.assert_allclose(score(outside), rankdata(loss[1:]) / 59)
+    records = pa.table({"sample_id": table["sample_id"], "loss_dense_mean": 1 - loss})
+    np.testing.assert_allclose(score(label_in_doubt(table, epochs=records)), 61 / 60 - score(doubt))
+
+
+def test_classes_come_before_epochs_that_know_only_samples():
+    table, predictions, _, _ = several_labels()
+    records = pa.table({"sample_id": table["sample_id"], "loss_dense_mean": np.zeros(60)})
+    doubt = label_in_doubt(table, predictions=predictions, epochs=records)
+    assert doubt.samples.equals(label_in_doubt(table, predictions=predictions).samples)
+
+
+def test_a_committee_of_several_labels():
+    table, predictions, _, _ = several_labels()
+    margins = np.random.default_rng(9).normal(size=(60, 4))
+    doubt = label_in_doubt(table, predictions=predictions, committee=margins)
+    np.testing.assert_allclose(doubt.samples["label_margin"], margins.min(1))
+    assert doubt.samples["doubtful_class"].to_pylist() == ["abcd"[c] for c in margins.argmin(1)]
 
 
 def test_the_probe_of_several_labels():
@@ -269,7 +291,9 @@ def test_bad_input(arguments, message):
 
 
 def test_a_table_without_labels():
-    with pytest.raises(FastpieError, match="with labels, but it has no label column"):
+    with pytest.raises(
+        FastpieError, match=r"with labels, but it has no columns \['label', 'loss_dense'\]"
+    ):
         label_in_doubt(pa.table({"sample_id": ["a"], "margin_dense": [1.0]}))
 
 

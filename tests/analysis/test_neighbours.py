@@ -16,6 +16,7 @@ from fastpie.analysis.neighbours import (
     run_features,
 )
 from fastpie.errors import FastpieError
+from fastpie.mining.run_folder import NO_ROWS, RunFolder
 
 
 @pytest.fixture(params=[None, (7, 5)], ids=["one block", "small blocks"])
@@ -390,3 +391,10 @@ def test_a_run_without_features(tmp_path):
     run, _, _ = mined(tmp_path / "run")
     with pytest.raises(FastpieError, match="was made without keep_features=True"):
         nearest_neighbours(run)
+
+
+def test_a_part_of_which_nothing_could_be_scored(tmp_path):
+    run, _, _ = mined(tmp_path / "run", keep_features=True)
+    expected = run_features(run)
+    RunFolder(run.location).write_part(99, NO_ROWS, {})
+    assert (run_features(run.location) == expected).all()

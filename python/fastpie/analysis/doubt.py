@@ -20,8 +20,9 @@ from fastpie.mining.result import MiningResult
 
 __all__ = ["Doubt", "label_in_doubt", "label_margins"]
 
-# The means over epochs that tables of a training bring, the first one found: `fastpie.mining.Recorder`'s name, others'.
+# What a table of a training has the means over epochs in: fastpie.mining.Recorder's name, and others'.
 _EPOCH_COLUMNS = ("margin_dense_mean", "margin_mean", "aum")
+_EPOCH_LOSS = "loss_dense_mean"
 _COMMITTEE = "margin_committee"
 
 
@@ -33,7 +34,7 @@ class Doubt:
         samples: one row a sample, in the order of the score table: `sample_id`, `label_in_doubt` (in
             (0, 1], its rank among the samples, higher = more doubtful), `doubtful_class` (its name; of
             several labels the one most in doubt) and `label_margin` (the label's margin, of several
-            labels the lowest). Null where the run cannot tell.
+            labels the lowest; or the loss, negated). Null where the run cannot tell.
         formula: in words.
         out_of_sample: whether the margins come from models that have not seen the label.
     """
@@ -62,19 +63,21 @@ def label_in_doubt(
     gives wrong ones a margin too, and puts them right in its last features, so those of early stages
     are wanted: `fastpie.dual.stage_features`.
 
-    Multilabel: margins are taken of each class, and a sample has the lowest of them. A source that
-    knows only samples (the score table without `predictions`, a table of epochs, a committee's [N])
-    gives no `doubtful_class`.
+    Multilabel: margins are taken of each class, those of outputs of the dense model alone, and a sample
+    has the lowest of them; `predictions` come before a table of epochs. Without them the loss, over
+    epochs or of the dense model, takes the place of the margin (it tells wrong labels better than a
+    multilabel score table's margin, lowest positive minus highest negative), and there is no
+    `doubtful_class`.
 
     Args:
         run: a run with labels, its folder, or its score table. Of a run, `features` and, for
             multilabel, `predictions` are taken where it kept them and they are not given.
         predictions: with logits or probabilities and labels of the same samples.
         features: in the order of the table.
-        committee: mean label margin over copies with noise on their weights; by default the column
-            `margin_committee` where the table has one.
-        epochs: table of a `fastpie.mining.Recorder`, or another with `sample_id` and `margin_mean` or
-            `aum`.
+        committee: mean label margin over copies with noise on their weights; by default, of single
+            labels, the column `margin_committee` where the table has one.
+        epochs: table of a `fastpie.mining.Recorder`, or for single labels another with `sample_id`
+            and `margin_mean` or `aum`.
         out_of_sample: of models that were trained without the sample: probabilities in the order of
             the table; or `Predictions` or a score table, joined by sample_id, see
             `fastpie.analysis.folds`.
@@ -135,7 +138,7 @@ def label_margins(
         task: "multiclass" or "multilabel".
 
     Returns:
-        NaN for an unknown label, a row with NaN, or a single class.
+        NaN for an unknown label, a row with NaN, or a single class; -inf for a logit of -inf.
 
     Raises:
         FastpieError: for shapes or classes that do not fit.
@@ -156,15 +159,17 @@ def label_margins(
     np.put_along_axis(z, at, -np.inf, -1)
     with np.errstate(invalid="ignore"):
         margins = own - z.max(-1, initial=-np.inf)  # NaN goes through
-    return np.where(known[:, 0] & np.isfinite(margins), margins, np.nan)
+    return np.where(known[:, 0] & (margins < np.inf), margins, np.nan)
 
 
 def _labels(table: pa.Table) -> tuple[str, np.ndarray]:
     """The task and the labels of a score table: int64 [N], or fp32 [N, C] with NaN."""
-    if "label" not in table.column_names or "margin_dense" not in table.column_names:
+    missing = [
+        name for name in ("label", "margin_dense", "loss_dense") if name not in table.column_names
+    ]
+    if missing:
         raise FastpieError(
-            "Expected the score table of a classifier with labels, but it has no "
-            f"{'label' if 'label' not in table.column_names else 'margin_dense'} column."
+            f"Expected the score table of a classifier with labels, but it has no columns {missing}."
         )
     column = table.column("label")
     if not pa.types.is_fixed_size_list(column.type):
@@ -183,26 +188,31 @@ def _margins(
     epochs: pa.Table | None,
     out_of_sample: Any,
 ) -> tuple[np.ndarray, str]:
-    """The best margins at hand, [N] or [N, C], and what they are."""
+    """The best margins at hand, [N] or [N, C], and what their negation is, in words."""
     ids = table.column("sample_id")
+    single = task == "multiclass"
+    what = "negated label margin, " if single else "loss, "
     if out_of_sample is not None:
-        return _out_of_sample(out_of_sample, ids, labels, task), "out of sample"
+        return _out_of_sample(
+            out_of_sample, ids, labels, task
+        ), "negated label margin, out of sample"
     if features is not None:
         if len(features) != len(ids):
             raise FastpieError(
                 f"Expected `features` of the {len(ids)} samples of the table, but got {len(features)}."
             )
         margins = probe_margins(features, labels, _classes(labels, predictions))
-        return margins, "of a probe by all other samples"
-    if epochs is not None:
-        for name in _EPOCH_COLUMNS:
+        return margins, "negated label margin of a probe by all other samples"
+    if epochs is not None and (single or (predictions is None and committee is None)):
+        for name in _EPOCH_COLUMNS if single else (_EPOCH_LOSS,):
             if name in epochs.column_names:
-                return _joined(epochs, name, ids), "mean over the epochs"
+                values = _joined(epochs, name, ids)
+                return (values if single else -values), what + "mean over the epochs"
         raise FastpieError(
-            f"Expected `epochs` to have one of the columns {_EPOCH_COLUMNS}, but got "
-            f"{epochs.column_names}."
+            f"Expected `epochs` to have one of the columns {_EPOCH_COLUMNS}, for several labels "
+            f"{_EPOCH_LOSS}, but got {epochs.column_names}."
         )
-    if committee is None and _COMMITTEE in table.column_names:
+    if committee is None and single and _COMMITTEE in table.column_names:
         committee = _column(table, _COMMITTEE)
     if committee is not None:
         margins = np.asarray(committee, np.float64)
@@ -210,10 +220,12 @@ def _margins(
             raise FastpieError(
                 f"Expected `committee` of shape {list(labels.shape)}, but got {list(margins.shape)}."
             )
-        return margins, "mean over a committee"
-    if task == "multilabel" and predictions is not None:
-        return _levels(predictions, labels), "mean over the dense model and its levels"
-    return _levels_of_table(table), "mean over the dense model and its levels"
+        return margins, "negated label margin, mean over a committee"
+    if not single and predictions is not None:
+        margins = _mean_margins([predictions.dense], labels, task, predictions.logits)
+        return margins, "negated label margin of the dense model"
+    of_what = "mean over the dense model and its levels" if single else "of the dense model"
+    return _of_table(table, task), what + of_what
 
 
 def _classes(labels: np.ndarray, predictions: Predictions | None) -> int:
@@ -225,7 +237,7 @@ def _classes(labels: np.ndarray, predictions: Predictions | None) -> int:
 def _out_of_sample(given: Any, ids: pa.ChunkedArray, labels: np.ndarray, task: str) -> np.ndarray:
     if isinstance(given, pa.Table):
         given = _rows_of(given, given.column("sample_id"), ids)
-        return _levels_of_table(given)
+        return _of_table(given, task)
     if isinstance(given, Predictions):
         if given.sample_ids is None or given.task != task:
             raise FastpieError(
@@ -236,7 +248,9 @@ def _out_of_sample(given: Any, ids: pa.ChunkedArray, labels: np.ndarray, task: s
         known = ~np.isnan(place)
         margins = np.full(labels.shape, np.nan)
         rows = place[known].astype(np.int64)
-        outputs = [given.dense[:, rows], *given.pruned[:, :, rows].swapaxes(0, 1)]
+        outputs = [given.dense[:, rows]]
+        if task == "multiclass":
+            outputs += list(given.pruned[:, :, rows].swapaxes(0, 1))
         margins[known] = _mean_margins(outputs, labels[known], task, given.logits)
         return margins
     values = np.asarray(given, np.float64)
@@ -245,11 +259,6 @@ def _out_of_sample(given: Any, ids: pa.ChunkedArray, labels: np.ndarray, task: s
             f"Expected `out_of_sample` of shape [{len(ids)}, C], but got {list(values.shape)}."
         )
     return _mean_margins([values[None]], labels, task, logits=False)
-
-
-def _levels(predictions: Predictions, labels: np.ndarray) -> np.ndarray:
-    outputs = [predictions.dense, *predictions.pruned.swapaxes(0, 1)]
-    return _mean_margins(outputs, labels, predictions.task, predictions.logits)
 
 
 def _mean_margins(
@@ -263,7 +272,9 @@ def _mean_margins(
     return total / len(outputs)
 
 
-def _levels_of_table(table: pa.Table) -> np.ndarray:
+def _of_table(table: pa.Table, task: str) -> np.ndarray:
+    if task == "multilabel":
+        return -_column(table, "loss_dense")
     levels = [n for n in table.column_names if n.startswith("margin_pruned@")]
     names = ["margin_dense", *(levels or ["margin_pruned"])]
     there = [_column(table, name) for name in names if name in table.column_names]

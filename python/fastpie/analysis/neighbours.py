@@ -115,6 +115,8 @@ def run_features(run: MiningResult | str | os.PathLike[str]) -> np.ndarray:  # f
     for place, model in enumerate(models):
         folder = RunFolder(model.location)
         for part in folder.done_parts():
+            if not folder.part_rows(part):
+                continue  # nothing of it could be scored, and there may be no features
             # A part of several models has the samples that all of them could score, and features
             # are written before scores: a crash can leave some without.
             table = folder.read_part(part, "features", ["sample_id", "dense"])
@@ -127,6 +129,11 @@ def run_features(run: MiningResult | str | os.PathLike[str]) -> np.ndarray:  # f
             if not width:
                 width = block.shape[1]
                 result = _temporary((len(ids), width * len(models)))
+            if block.shape[1] != width:
+                raise FastpieError(
+                    f"Expected features of one size, but those of {model.location} have "
+                    f"{block.shape[1]} values, others {width}."
+                )
             if len(models) > 1:
                 norms = np.linalg.norm(block.astype(np.float64), axis=1, keepdims=True)
                 block = block / np.where(norms > 0, norms, 1)
@@ -187,8 +194,13 @@ def atypical(neighbours: Neighbours) -> np.ndarray:  # fp64 [N]
     """How far a sample is from its nearest neighbours: the mean of their distances.
 
     The k-nearest-neighbour distance of outlier detection (Angiulli, Pizzuti, 2002, their weight; in
-    features of a network Sun et al., arXiv 2204.06507). High for rare kinds and bad images. An exact
-    duplicate lowers it: k copies of one odd image do not look odd.
+    features of a network Sun et al., arXiv 2204.06507). High for rare kinds and bad images, and in the
+    features of a model that has memorised its labels for wrong ones, too. An exact duplicate lowers
+    it: k copies of one odd image do not look odd.
+
+    Cosine distances and k = 10 are what did best over three ways of training a small network (on
+    AUROC for occluded and for rotated digits): Euclidean ones can fail altogether (.3 against .97
+    in an early feature map), local outlier factors and ratios of densities were not better.
 
     Returns:
         Higher = more atypical; NaN for a sample without neighbours.
