@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastpie._files import write_atomically
+from fastpie.analysis import analyze, label_in_doubt
 from fastpie.data import ManifestDataset, Preprocessing
-from fastpie.dual import DualModel
+from fastpie.dual import DualModel, stage_features
 from fastpie.errors import FastpieError
-from fastpie.mining import DEFAULT_LADDER, MiningResult, mine
+from fastpie.mining import DEFAULT_LADDER, mine
+from fastpie.mining.restore import dual_of_run
 from fastpie.pruning import prune
 from fastpie.report import write_report
 from fastpie.training import hardness_weights
@@ -213,18 +215,29 @@ def run_demo(out: Path, *, seeds: int = 3, progress: bool | None = None) -> dict
         for method in ("l1", "random"):
             masks = prune(plain, DEFAULT_LADDER, method=method, seed=seed)
             run = folder / ("run" if method == "l1" else "run-random-masks")
+            features = stage_features(plain, data.images[:1]) if method == "l1" else None
             start = time.perf_counter()
             runs[method] = mine(
-                DualModel(plain, masks), data.train, run, keep_logits=True, progress=progress
+                DualModel(plain, masks, features=features),
+                data.train,
+                run,
+                keep_logits=True,
+                keep_features="dense" if features else False,
+                progress=progress,
             )
             if method == "l1":
                 speeds.append(len(data.train) / (time.perf_counter() - start))
         if seed == 0:
-            report = write_report(runs["l1"], dataset=data.train)
+            analysis = analyze(runs["l1"], control=runs["random"], dataset=data.train)
+            analysis.save(folder / "run" / "analysis")
+            dual = dual_of_run(runs["l1"], plain)
+            report = write_report(runs["l1"], analysis=analysis, dataset=data.train, dual=dual)
 
+        doubt = label_in_doubt(runs["l1"]).samples.sort_by([("label_in_doubt", "descending")])
+        found.setdefault(DOUBT, []).append(_precisions(doubt["sample_id"].to_pylist(), data.wrong))
         for name, (run_name, column) in SCORES.items():
-            row = tuple(_precision(runs[run_name], column, data.wrong, f) for f in (0.05, 0.10))
-            found.setdefault(name, []).append((row[0], row[1]))
+            ids = runs[run_name].select(1.0, by=column)
+            found.setdefault(name, []).append(_precisions(ids, data.wrong))
         trained = {"plain": plain}
         for name, doubtful in (
             ("attended", 0.0),
@@ -259,7 +272,9 @@ def run_demo(out: Path, *, seeds: int = 3, progress: bool | None = None) -> dict
     return result
 
 
-# The scores that look for the wrong labels: (run, column).
+DOUBT = "fastpie label in doubt (probe in early features)"
+
+# The columns that look for the wrong labels too: (run, column).
 SCORES = {
     "fastpie hardness (pruned loss, mean over the ladder)": ("l1", "hardness"),
     "fastpie pruned margin, mean over the ladder": ("l1", "margin_pruned"),
@@ -269,9 +284,13 @@ SCORES = {
 }
 
 
-def _precision(result: MiningResult, by: str, wrong: set[str], fraction: float) -> float:
-    chosen = result.select(fraction, by=by)
-    return sum(i in wrong for i in chosen) / len(chosen)
+def _precisions(ids: list[str], wrong: set[str]) -> tuple[float, float]:
+    """Of the first 5 and 10 %, how many have a wrong label."""
+
+    def precision(count: int) -> float:
+        return sum(i in wrong for i in ids[:count]) / count
+
+    return precision(int(0.05 * len(ids))), precision(int(0.10 * len(ids)))
 
 
 @torch.no_grad()
