@@ -136,7 +136,7 @@ def test_it_is_kept_and_says_what_it_found(analysis, tmp_path):
     assert again.samples.equals(analysis.samples)
     assert again.facts == analysis.facts
     assert again.sentences == analysis.sentences
-    assert any("labels in doubt" in sentence for sentence in analysis.sentences)
+    assert any("deserve a second look" in sentence for sentence in analysis.sentences)
     assert any("a copy of another image" in sentence for sentence in analysis.sentences)
 
 

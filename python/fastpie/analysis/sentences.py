@@ -37,9 +37,8 @@ def _samples(analysis: Analysis) -> list[str]:
     if not doubt:
         return [f"{hard:,} of {analysis.facts['samples']:,} samples are the hardest {share}."]
     said = (
-        f"Of {analysis.facts['samples']:,} samples look at {doubt:,} labels in doubt, the {share} that "
-        f"least speaks for, and at the hardest {share}: {both:,} of them are among those, "
-        f"{hard - both:,} are hard with a label that is not in doubt."
+        f"{doubt:,} of {analysis.facts['samples']:,} labels deserve a second look ({share}), and "
+        f"{hard - both:,} of the hardest {share} of the samples are hard although their labels look right."
     )
     return [said]
 
