@@ -203,7 +203,7 @@ def plot_quadrants(samples: pa.Table, *, ax: Axes | None = None) -> tuple[Figure
                 style: dict[str, Any] = {"markersize": 4, "alpha": 0.8, "markeredgewidth": 0}
                 ax.plot(x[here], y[here], marker, color=color, label=name, **style)
         ax.legend(frameon=False, fontsize=8.5)
-    ax.set(xlabel="hardness", ylabel="label in doubt")
+    ax.set(xlabel="hard", ylabel="label in doubt")
     return fig, ax
 
 
