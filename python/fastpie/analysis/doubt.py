@@ -116,9 +116,7 @@ def label_in_doubt(
             "label_margin": pa.array(lowest, from_pandas=True),
         }
     )
-    return Doubt(
-        samples, f"rank of the label's margin, negated: {source}", out_of_sample is not None
-    )
+    return Doubt(samples, f"rank of: {source}", out_of_sample is not None)
 
 
 def label_margins(
