@@ -6,9 +6,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from fastpie import FastpieError
-from fastpie.data import read_manifest
+from fastpie.data import ManifestDataset, read_manifest
 
 
 @pytest.fixture
@@ -214,3 +215,13 @@ def test_rows_are_found_again_in_a_large_file(write):
     assert manifest.table.column("group")[299_999].as_py() == "g42857"
     with pytest.raises(FastpieError, match=r"images/000007\.png' \(2 times\)"):
         read_manifest(write("path,label,group\n" + rows + "images/000007.png,1,\n"))
+
+
+def test_a_column_called_label_that_nobody_asked_for(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "data.csv").write_text("path,label\na.png,cat\n")
+    data = ManifestDataset(tmp_path / "data.csv")
+    image, label, sample_id = data[0]
+    assert (image.shape, label, sample_id) == ((3, 4, 4), None, "a.png")
+    assert data.labels is None
+    assert data.manifest.table["label"].to_pylist() == ["cat"]

@@ -87,9 +87,8 @@ class ManifestDataset(Dataset[tuple[Any, ...]]):
         self.class_names = self.manifest.class_names
         self.paths: Sequence[str] = _Names(self.manifest.files, self._paths)
         self._frames = _frames(table)
-        self._labels = (
-            _label_array(table.column("label")) if "label" in table.column_names else None
-        )
+        # Without a task a column of that name is one of the source, text of any kind.
+        self._labels = None if self.manifest.task is None else _label_array(table.column("label"))
         self._images: DecodedImages | None = None
         if cache is not None:
             size = self.preprocessing.size
