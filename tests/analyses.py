@@ -24,8 +24,8 @@ def samples_of(sample_ids: Sequence[str], hardness: Sequence[float], seed: int =
         {
             "sample_id": list(sample_ids),
             "hard": hard,
-            "hard_low": hard - 0.1,
-            "hard_high": hard + 0.1,
+            "hardness_low": hard - 0.1,
+            "hardness_high": hard + 0.1,
             "pie": np.arange(n) % 10 == 0,
             "label_in_doubt": pa.array(doubt, mask=np.arange(n) == 1),
             "atypical": rng.gamma(2.0, size=n),

@@ -126,6 +126,8 @@ def test_the_columns_of_the_samples(analysis, run, data):
     assert samples["quadrant"].to_pylist()[3] == "hard, label in doubt"
     assert samples["doubtful_class"].to_pylist()[3] == "middle"
     np.testing.assert_allclose(samples["hardness"], run.table["hardness"])
+    for name in ("hardness_low", "hardness_high"):  # also where `hard` is another score
+        assert samples[name].null_count == 0
     pies = [i for i, pie in zip(data.sample_ids, samples["pie"].to_pylist(), strict=True) if pie]
     assert sorted(pies) == sorted(fastpie.pie(run, "modal"))
     assert sum(analysis.facts["quadrants"].values()) == N
@@ -145,7 +147,7 @@ def test_a_run_that_kept_nothing(tmp_path, data):
     assert set(found.tables) == {"stability", "subgroups"}
     assert found.samples["atypical"].null_count == N
     assert found.samples["label_in_doubt"].null_count == 0  # from the levels
-    low, high = (found.samples[name].to_numpy() for name in ("hard_low", "hard_high"))
+    low, high = (found.samples[name].to_numpy() for name in ("hardness_low", "hardness_high"))
     hard = found.samples["hard"].to_numpy()
     assert (low <= hard + 1e-6).all()
     assert (hard <= high + 1e-6).all()

@@ -707,7 +707,7 @@ def test_an_analysis_joins_the_samples_by_id(analysed):
         assert data["quadrants"][data["quadrant"][place]] == row["quadrant"]
         assert score(page, "atypical")["values"][place] == pytest.approx(row["atypical"], rel=1e-3)
         assert data["interval"][place] == pytest.approx(
-            [row["hard_low"], row["hard_high"]], rel=1e-3
+            [row["hardness_low"], row["hardness_high"]], rel=1e-3
         )
         assert data["duplicates"][place] == row["duplicate_of"]
         for flag in ("pie", "dark", "blurred", "blank"):

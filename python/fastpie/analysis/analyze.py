@@ -42,8 +42,8 @@ DEFAULT_DEFINITIONS = {"multilabel": "spearman", "multiclass": "modal"}
 """The published ones: PruneCXR, Hooker et al."""
 
 _PRUNECXR_SPARSITY = 0.9
-# The best of 3 to 100 for corrupted images and rare kinds, and of 5 to 20 for samples that are hard but
-# rightly labelled, in benchmarks/quality: rare kinds come in groups, in which few neighbours look near.
+# Those of benchmarks/quality. In its pilot 3 and 10 found fewer rare kinds than 30 (they come in groups, in
+# which few neighbours look near), and 10 fewer hard samples with right labels than 20.
 _NEIGHBOURS = 30
 _CONFLICT_NEIGHBOURS = 20
 
@@ -152,8 +152,7 @@ def analyze(
             f"{config['features']}, standardised"
         )
         if labelled:
-            conflict = _conflict(run, features)
-            hard = np.where(np.isnan(conflict), np.nan, conflict)
+            hard = _conflict(run, features)
             facts["hard"] = (
                 f"own / (own + other), mean distances to the {_CONFLICT_NEIGHBOURS} nearest "
                 f"neighbours with the same and with another label in the features "
@@ -172,11 +171,9 @@ def analyze(
         facts["label_in_doubt"] = doubt.formula
         if predictions is not None and importlib.util.find_spec("cleanlab") is not None:
             tables["agreement"] = cleanlab_agreement(doubt, predictions, fraction=fraction)
-    columns["hard"] = _column(hard)
-    if hard is hardness:
-        low, high = hardness_interval(hardness_values(run)[0], seed=seed)
-        columns["hard_low"], columns["hard_high"] = _column(low), _column(high)
-    columns["hardness"] = _column(hardness)
+    low, high = hardness_interval(hardness_values(run)[0], seed=seed)
+    columns["hard"], columns["hardness"] = _column(hard), _column(hardness)
+    columns["hardness_low"], columns["hardness_high"] = _column(low), _column(high)
     if predictions is not None:
         columns["pie"] = pa.array(np.isin(np.arange(len(table)), facts.pop("pie_rows")))
     columns["label_in_doubt"] = (

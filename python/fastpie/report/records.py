@@ -154,7 +154,7 @@ def _scores(columns: Columns, rows: np.ndarray) -> list[dict[str, Any]]:
 
 
 def _interval(some: Columns) -> list[list[float | None]] | None:
-    low, high = some.numbers("hard_low"), some.numbers("hard_high")
+    low, high = some.numbers("hardness_low"), some.numbers("hardness_high")
     if low is None or high is None:
         return None
     return [[_number(a), _number(b)] for a, b in zip(low, high, strict=True)]
