@@ -26,6 +26,8 @@ class Method(str, Enum):
 
     l1 = "l1"
     random = "random"
+    filter = "filter"
+    two_of_four = "2:4"
 
 
 class Scope(str, Enum):

@@ -33,7 +33,9 @@ class Masks(Mapping[str, Tensor]):
 
     Attributes:
         sparsities: the levels, increasing, each the fraction of weights removed, in [0, 1]
-            (`prune` gives none of 1; masks made elsewhere may remove all).
+            (`prune` gives none of 1; masks made elsewhere may remove all). What `prune` took for a
+            sparsity: of "filter" the fraction of filters, of "N:M" that of full groups; `removed`
+            counts weights whatever the method.
         is_ladder: False for the masks of a single number, which give `[N, ...]` outputs of the
             pruned model; True for those of a list, which give `[L, N, ...]`.
         info: how the masks were made (method, scope, seed, digest of the weights), for the record.
