@@ -246,6 +246,10 @@ class Masks(Mapping[str, Tensor]):
         The file is written under a temporary name and renamed: a crash leaves the old file or the
         new one.
         """
+        write_atomically(Path(path), self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
         from safetensors.numpy import save
 
         bits = _bits(len(self.sparsities))
@@ -261,8 +265,8 @@ class Masks(Mapping[str, Tensor]):
             "shapes": {name: list(level.shape) for name, level in self._levels.items()},
             "info": self.info,
         }
-        data = save(planes, metadata={"header": json.dumps(header)})
-        write_atomically(Path(path), data)
+        data: bytes = save(planes, metadata={"header": json.dumps(header)})
+        return data
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Masks:
@@ -280,6 +284,30 @@ class Masks(Mapping[str, Tensor]):
                 packed = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, TypeError) as error:  # TypeError: bf16 in NumPy
             raise FastpieError(f"Expected masks in safetensors at {path}, but: {error}") from error
+        return cls._unpacked(metadata, packed, f"at {path}")
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Masks:
+        """The masks of `to_bytes`.
+
+        Raises:
+            FastpieError: for other or damaged bytes.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            packed = load(data)
+            size = int.from_bytes(data[:8], "little")  # of the JSON that safetensors begin with
+            metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {})
+        except (AttributeError, SafetensorError, TypeError, ValueError) as error:
+            raise FastpieError(f"Expected masks in safetensors, but: {error}") from error
+        return cls._unpacked(metadata, packed, "in these bytes")
+
+    @classmethod
+    def _unpacked(
+        cls, metadata: Mapping[str, str], packed: Mapping[str, np.ndarray], where: str
+    ) -> Masks:
         try:
             header = json.loads(metadata["header"])
             if header["format"] != _FORMAT:
@@ -302,7 +330,7 @@ class Masks(Mapping[str, Tensor]):
                 info=header["info"],
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise FastpieError(f"Expected complete masks at {path}, but: {error!r}") from error
+            raise FastpieError(f"Expected complete masks {where}, but: {error!r}") from error
 
 
 def _bits(levels: int) -> int:
