@@ -74,6 +74,10 @@ class MaskedTraining:
             FastpieError: for masks of another model, an optimizer of other parameters, or an
                 `IterativePruning` without an optimizer.
         """
+        if not isinstance(optimizer, Optimizer | None):
+            raise FastpieError(
+                f"Expected a torch.optim.Optimizer or None, but got {type(optimizer).__name__}."
+            )
         self._model = _unwrapped(model)
         self._optimizer = optimizer
         self._schedule = masks if isinstance(masks, MaskingSchedule) else None
@@ -240,10 +244,6 @@ class MaskedTraining:
     # ------------------------------------------------------------------ inside
 
     def _watch(self, optimizer: Optimizer) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise FastpieError(
-                f"Expected a torch.optim.Optimizer, but got {type(optimizer).__name__}."
-            )
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         parameters = dict(self._model.named_parameters(remove_duplicate=False))
         if not any(id(parameters[name]) in held for name in self.masks):

@@ -105,7 +105,7 @@ class GradualPruning(MaskingSchedule):
             return self.final
         since = (step - self.begin) // self.every * self.every
         left = 1 - since / (self.end - self.begin)
-        return self.final + (self.initial - self.final) * left**3
+        return self.initial + (self.final - self.initial) * (1 - left**3)
 
 
 class IterativePruning(MaskingSchedule):
