@@ -422,6 +422,8 @@ optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
 for method in ("l1", "random"):
     schedule = GradualPruning(0.8, begin=0, end=6, every=2, initial=0.1, method=method)
     masked = MaskedTraining(model, schedule, optimizer)
+    if method == "random":  # DDP then broadcasts the masks as buffers
+        masked.swap_layers(density=1.0)
     ddp = nn.parallel.DistributedDataParallel(model)
     MaskedTraining(ddp, fastpie.prune(model, 0.1, method=method), optimizer).remove()
     for step in range(8):

@@ -99,7 +99,8 @@ class MaskedConv2d(_Masked, nn.Conv2d):
     Constructor, forward and parameters are those of `torch.nn.Conv2d`; `mask` is a buffer, bool, of
     the weight's shape, True = kept, all True by default. It may be changed at any time, in place or by
     assignment. The weight keeps its values at masked places: they take no part in the output and
-    their gradient is zero (an optimizer's weight decay or momentum can still move them).
+    their gradient is zero (an optimizer's weight decay or momentum can still move them;
+    `fastpie.training.masked.MaskedTraining` keeps them at zero).
 
     The mask is part of the `state_dict`. A dense layer's checkpoint has none: load it with
     ``strict=False``, which leaves the mask as it is (or make the layer with `from_dense`).

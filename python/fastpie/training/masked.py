@@ -38,7 +38,7 @@ class MaskedTraining:
     After each step the removed weights are exactly zero, and so is every tensor of their shape in
     the optimizer's state: momentum and moments, so that a weight that comes back starts clean. All
     other weights are updated as they would be, to the bit, by any `torch.optim.Optimizer`. Works with
-    tied weights, gradient accumulation, GradScaler (a skipped step is none), `torch.compile` and DDP.
+    tied weights, gradient accumulation, GradScaler, `torch.compile` and DDP.
     An optimizer that works on sums over all weights (LBFGS, norms of layers) sees gradients of removed
     ones unless `mask_gradients` is called before its step; so does clipping by norm.
 
@@ -48,7 +48,8 @@ class MaskedTraining:
 
     Attributes:
         masks: in force, of one level.
-        step: steps of the optimizer so far; where an `IterativePruning` rewinds, those of the round.
+        step: steps of the optimizer so far, those that a fused one has skipped for a GradScaler
+            included; where an `IterativePruning` rewinds, those of the round.
         round: of an `IterativePruning`, counted from 0; else 0.
     """
 
