@@ -43,8 +43,9 @@ class MaskedTraining:
     ones unless `mask_gradients` is called before its step; so does clipping by norm.
 
     Under torch.distributed every process makes one, after `init_process_group`; rank 0 chooses the
-    masks of all. Make it when the weights are loaded: masks are chosen from them. It works on the
-    GPU with a mask in the weights' dtype, which takes the memory of one more copy of them.
+    masks of all. Make it when the weights are loaded: masks are chosen from them. Masks in the dtype
+    of the weights take the memory of one more copy of these. What is NaN or infinite becomes NaN where
+    it is removed, as in ``weight * mask``.
 
     Attributes:
         masks: in force, of one level.
@@ -101,8 +102,6 @@ class MaskedTraining:
             )
         elif rewound:
             raise FastpieError(f"Expected a schedule that rewinds, but got {masks!r}.")
-        if self._rewind_point is not None:
-            self._rewind_point.after_step(self.step)
         if isinstance(masks, MaskingSchedule):
             self._put(self._chosen(masks, masks.sparsity_at(0), None))
         elif isinstance(masks, Masks):
