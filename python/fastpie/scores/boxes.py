@@ -1,0 +1,90 @@
+"""How much boxes overlap: IoU and generalised IoU, differentiable.
+
+A box of D dimensions is its lower corner followed by its upper one, `[x0, y0, x1, y1]` or `[x0, y0,
+z0, x1, y1, z1]`, upper edges exclusive: an object of one pixel at the origin is `[0, 0, 1, 1]`. x
+counts along the last axis of an image, as in COCO and torchvision.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpie.errors import FastpieError
+
+__all__ = ["box_giou", "box_iou", "check_boxes"]
+
+
+def box_iou(
+    first: Tensor,  # [..., 2 D]
+    second: Tensor,  # [..., 2 D]
+) -> Tensor:  # [...]
+    """Intersection over union of boxes, element by element; all pairs by `a[:, None], b[None]`.
+
+    Args:
+        first: boxes.
+        second: boxes whose shape can be broadcast against the first's.
+
+    Returns:
+        In [0, 1], in fp32 or the wider type of the inputs. A side of negative length counts as none;
+        0 where both boxes are empty; NaN where a coordinate is.
+
+    Raises:
+        FastpieError: if the last dimension is not 2 D, or not the same for both.
+    """
+    inter, union, _ = _volumes(first, second)
+    return inter / union.clamp_min(torch.finfo(union.dtype).tiny)
+
+
+def box_giou(
+    first: Tensor,  # [..., 2 D]
+    second: Tensor,  # [..., 2 D]
+) -> Tensor:  # [...]
+    """Generalised IoU, which tells apart boxes that do not meet: `IoU - (hull - union) / hull`.
+
+    `hull` is the volume of the smallest box that holds both. Rezatofighi et al., CVPR 2019,
+    arXiv 1902.09630.
+
+    Args:
+        first: boxes.
+        second: boxes whose shape can be broadcast against the first's.
+
+    Returns:
+        In (-1, 1], otherwise as `box_iou`.
+
+    Raises:
+        FastpieError: as `box_iou`.
+    """
+    inter, union, hull = _volumes(first, second)
+    tiny = torch.finfo(union.dtype).tiny
+    return inter / union.clamp_min(tiny) - (hull - union) / hull.clamp_min(tiny)
+
+
+def check_boxes(boxes: Tensor, name: str) -> None:
+    """Raise FastpieError unless the last dimension is 2 D with D >= 1."""
+    if boxes.ndim == 0 or boxes.shape[-1] % 2 or not boxes.shape[-1]:
+        raise FastpieError(
+            f"Expected `{name}` to be boxes [..., 4] or [..., 6], corner by corner, but got shape "
+            f"{list(boxes.shape)}."
+        )
+
+
+def _volumes(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the intersection, the union and the smallest box around both."""
+    check_boxes(first, "first")
+    check_boxes(second, "second")
+    if first.shape[-1] != second.shape[-1]:
+        raise FastpieError(
+            f"Expected boxes of equal dimension, but got shapes {list(first.shape)} and "
+            f"{list(second.shape)}."
+        )
+    dtype = torch.promote_types(torch.promote_types(first.dtype, second.dtype), torch.float32)
+    low_1, high_1 = first.to(dtype).chunk(2, -1)
+    low_2, high_2 = second.to(dtype).chunk(2, -1)
+
+    def volume(low: Tensor, high: Tensor) -> Tensor:
+        return (high - low).clamp_min(0).prod(-1)
+
+    inter = volume(torch.maximum(low_1, low_2), torch.minimum(high_1, high_2))
+    union = volume(low_1, high_1) + volume(low_2, high_2) - inter
+    return inter, union, volume(torch.minimum(low_1, low_2), torch.maximum(high_1, high_2))
