@@ -105,13 +105,9 @@ class TestFindsLayers:
             assert torch.equal(value, before[name])
 
     def test_of_monai(self) -> None:
-        resnet = ResNet(
-            "basic", [1, 1, 1, 1], [4, 8, 8, 8], n_input_channels=1, num_classes=3
-        )
+        resnet = ResNet("basic", [1, 1, 1, 1], [4, 8, 8, 8], n_input_channels=1, num_classes=3)
         assert cam_layers(resnet, torch.randn(1, 1, 32, 32, 32)) == CamLayers("layer4", "fc")
-        dense = DenseNet(
-            2, 1, 3, init_features=8, growth_rate=4, block_config=(2, 2), bn_size=2
-        )
+        dense = DenseNet(2, 1, 3, init_features=8, growth_rate=4, block_config=(2, 2), bn_size=2)
         layers = cam_layers(dense, torch.randn(2, 1, 32, 32))
         assert layers == CamLayers("class_layers.relu", "class_layers.out")
 
@@ -247,9 +243,7 @@ class TestDualMaps:
         with pytest.raises(FastpieError, match="bind"):
             score(dual(x))
         score.bind(dual)
-        torch.testing.assert_close(
-            score(dual.compile(x)(x)), score(dual(x)), rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(score(dual.compile(x)(x)), score(dual(x)), rtol=1e-4, atol=1e-5)
 
     def test_all_ones_masks_agree(self) -> None:
         model = Classifier().eval()
