@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from monai.networks.nets import DenseNet, ResNet
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from fastpie import DualModel, prune
 from fastpie.analysis.cam_localisation import localise
@@ -361,6 +363,25 @@ class TestObjective:
             objective.model.named_parameters(), dense.parameters(), strict=True
         ):
             torch.testing.assert_close(p.grad, q.grad, msg=name)
+
+    def test_distributed(self, tmp_path: Path) -> None:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1
+        )
+        try:
+            alone = self.objective()
+            wrapped = copy.deepcopy(alone)
+            parallel = DistributedDataParallel(wrapped)
+            for hard in (None, torch.zeros(6, dtype=torch.bool)):
+                batch = batch_of(6, hard)
+                for module in (alone, parallel):
+                    module.zero_grad()
+                    module(batch).mean().backward()
+                    torch.optim.SGD(module.parameters(), 0.1).step()
+        finally:
+            torch.distributed.destroy_process_group()
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(value, wrapped.state_dict()[name], msg=name)
 
     def test_all_are_hard_without_attention(self) -> None:
         objective = self.objective()

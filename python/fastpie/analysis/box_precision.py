@@ -99,23 +99,25 @@ def box_average_precision(
         )
     found = [_image(entry, "predictions", scored=True) for entry in predictions]
     real = [_image(entry, "truths", scored=False) for entry in truths]
-    labels = [image.labels for image in (*found, *real)]
-    classes = np.unique(np.concatenate(labels)) if labels else np.zeros(0, np.int64)
+    ranked: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # by class: scores, hits
+    counts: dict[int, int] = {}
+    for boxes, truth in zip(found, real, strict=True):
+        for klass in np.union1d(boxes.labels, truth.labels).tolist():
+            of_class = boxes.of_class(klass).best(max_detections)
+            true = truth.of_class(klass).boxes
+            hits = _matches(of_class.boxes, true, wanted)
+            ranked.setdefault(klass, []).append((of_class.scores, hits))
+            counts[klass] = counts.get(klass, 0) + len(true)
+    classes = sorted(ranked)
     ap = np.full((len(wanted), len(classes)), np.nan)
-    counts = np.zeros(len(classes), np.int64)
     for c, klass in enumerate(classes):
-        scores, hits = [np.zeros(0)], [np.zeros((len(wanted), 0), bool)]
-        for boxes, truth in zip(found, real, strict=True):
-            boxes, truth = boxes.of_class(klass), truth.of_class(klass)
-            boxes = boxes.best(max_detections)
-            counts[c] += len(truth.boxes)
-            scores.append(boxes.scores)
-            hits.append(_matches(boxes.boxes, truth.boxes, wanted))
-        if counts[c]:
+        if counts[klass]:
+            scores, of_images = zip(*ranked[klass], strict=True)
             order = np.argsort(-np.concatenate(scores), kind="stable")
-            ranked = np.concatenate(hits, 1)[:, order]
-            ap[:, c] = [_area(row, int(counts[c]), points) for row in ranked]
-    return BoxPrecision(ap, wanted, classes, counts)
+            hits = np.concatenate(of_images, 1)[:, order]
+            ap[:, c] = [_area(row, counts[klass], points) for row in hits]
+    true_boxes = np.array([counts[klass] for klass in classes], np.int64)
+    return BoxPrecision(ap, wanted, np.array(classes, np.int64), true_boxes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -81,8 +81,10 @@ def localise(
     size = tuple(args[0].shape[2:] if size is None else size)
 
     def pairs(logits: Tensor) -> tuple[Tensor, Tensor]:
-        if classes is not None and len(classes) != len(logits):
-            raise FastpieError(f"Expected {len(logits)} `classes`, but got {len(classes)}.")
+        if classes is not None and tuple(np.shape(classes)) != (len(logits),):
+            raise FastpieError(
+                f"Expected `classes` [{len(logits)}], but got {list(np.shape(classes))}."
+            )
         return class_pairs(logits, classes)
 
     with evaluating(model):

@@ -22,7 +22,7 @@ class BoxLoss(nn.Module):
 
     The smooth L1 distance is the mean over the coordinates. Its unit is that of the boxes: with pixels
     it outweighs GIoU, so give boxes in fractions of the image's sides. Weights as in DETR (Carion et
-    al., arXiv 2005.12872, which sums the L1 over four coordinates: 4 * 5 of our mean); GIoU:
+    al., arXiv 2005.12872, which sums the L1 over centre and size: 4 * 5 of our mean); GIoU:
     Rezatofighi et al., arXiv 1902.09630.
     """
 
