@@ -13,6 +13,7 @@ from monai.apps.detection.metrics.matching import matching_batch
 from monai.data import box_utils
 from monai.metrics import compute_dice, compute_iou
 
+import fastpie.scores.boxes
 from fastpie.analysis.box_precision import COCO_THRESHOLDS, box_average_precision
 from fastpie.analysis.localisation import (
     best_iou,
@@ -135,6 +136,11 @@ class TestBoxesOfMasks:
         assert boxes[0].tolist() == [4, 2, 1, 5, 6, 3]
         assert np.isnan(boxes[1]).all()
         assert boxes_of_masks(np.zeros((0, 5, 6))).shape == (0, 4)
+        assert boxes_of_masks(np.array([[0, 1, 1, 0]])).tolist() == [[1, 3]]
+        scaled = fastpie.scores.boxes.boxes_of_masks(torch.from_numpy(volume), (50, 12, 7))
+        assert scaled[0].tolist() == [4, 4, 10, 5, 12, 30]
+        with pytest.raises(FastpieError, match="bool"):
+            fastpie.scores.boxes.boxes_of_masks(torch.zeros(1, 3, 3))
 
     def test_largest_component(self) -> None:
         mask = np.zeros((1, 8, 8), bool)

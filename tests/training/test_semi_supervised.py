@@ -14,9 +14,9 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from fastpie.errors import FastpieError
-from fastpie.training.consistency import consistency_loss, pseudo_label_loss
 from fastpie.training.objective import TrainBatch
 from fastpie.training.semi_supervised import MeanTeacher, labelled
+from fastpie.training.teacher_losses import consistency_loss, pseudo_label_loss
 
 
 class Network(nn.Module):

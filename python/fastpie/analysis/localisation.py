@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastpie._extras import load_extra
 from fastpie.errors import FastpieError
+from fastpie.scores import boxes as box_scores
 from fastpie.scores.boxes import box_iou, check_boxes
 
 __all__ = [
@@ -162,16 +163,7 @@ def boxes_of_masks(masks: Any) -> np.ndarray:  # fp64 [N, 2 D]
     Returns:
         Boxes; NaN for an empty mask.
     """
-    foreground = _numpy(masks) > 0
-    axes = range(1, foreground.ndim)
-    low, high = [], []
-    for axis in reversed(axes):  # x is the last
-        line = foreground.any(axis=tuple(other for other in axes if other != axis))
-        line = np.pad(line, ((0, 0), (0, 1)))  # argmax wants an element
-        low.append(line.argmax(1))
-        high.append(line.shape[1] - line[:, ::-1].argmax(1))
-    boxes = np.stack(low + high, 1).astype(np.float64)
-    boxes[~foreground.any(axis=tuple(axes))] = np.nan
+    boxes: np.ndarray = box_scores.boxes_of_masks(_tensor(masks) > 0).double().cpu().numpy()
     return boxes
 
 

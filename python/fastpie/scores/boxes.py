@@ -7,12 +7,14 @@ counts along the last axis of an image, as in COCO and torchvision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastpie.errors import FastpieError
 
-__all__ = ["box_giou", "box_iou", "check_boxes"]
+__all__ = ["box_giou", "box_iou", "boxes_of_masks", "check_boxes"]
 
 
 def box_iou(
@@ -58,6 +60,39 @@ def box_giou(
     inter, union, hull = _volumes(first, second)
     tiny = torch.finfo(union.dtype).tiny
     return inter / union.clamp_min(tiny) - (hull - union) / hull.clamp_min(tiny)
+
+
+def boxes_of_masks(
+    masks: Tensor,  # bool [n, ...]
+    size: Sequence[int] | None = None,
+) -> Tensor:  # fp32 [n, 2 D]
+    """The smallest box around each mask; NaN around an empty one.
+
+    Args:
+        masks: True inside.
+        size: of images that the masks are a smaller or larger picture of: boxes are in its pixels.
+
+    Raises:
+        FastpieError: for masks that are not bool or have no spatial dimensions.
+    """
+    if masks.dtype is not torch.bool or masks.ndim < 2:
+        raise FastpieError(
+            f"Expected bool masks [n, H, ...], but got {masks.dtype} {list(masks.shape)}."
+        )
+    count, *sides = masks.shape
+    nothing = ~masks.flatten(1).any(1)
+    low, high = [], []
+    for axis in reversed(range(len(sides))):  # x is the last
+        others = [1 + other for other in range(len(sides)) if other != axis]
+        line = masks.any(others) if others else masks
+        scale = 1.0 if size is None else size[axis] / max(sides[axis], 1)
+        edges = torch.arange(sides[axis] + 1, device=masks.device)
+        inside = line.new_zeros(count, sides[axis] + 1)
+        inside[:, :-1] = line
+        low.append(edges.where(inside, sides[axis]).amin(1) * scale)
+        high.append((edges + 1).where(inside, 0).amax(1) * scale)
+    boxes = torch.stack(low + high, 1).float()
+    return boxes.masked_fill(nothing[:, None], torch.nan)
 
 
 def check_boxes(boxes: Tensor, name: str) -> None:

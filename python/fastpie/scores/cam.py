@@ -1,13 +1,9 @@
-"""Where a classifier looks: class activation maps and Grad-CAM, and how much two maps overlap.
+"""Class activation maps: which layers they are read from, and how much two maps overlap.
 
-Plain functions of feature maps `A` [n, K, ...] and weights [n, K] of their channels, differentiable,
-for any number of spatial dimensions:
-
-- CAM, for a head that is global average pooling and a linear layer: the weights are the class's row
-  of that layer. Zhou et al., CVPR 2016, arXiv 1512.04150.
-- Grad-CAM, for any head: the weights are the gradients of the class's logit, averaged over the
-  positions, and what speaks against the class is left out. Selvaraju et al., ICCV 2017, arXiv
-  1610.02391. With the head above it is the positive part of CAM over the number of positions.
+For a head that is global average pooling and a linear layer, the map of a class is the sum of the
+features `A` [n, K, ...] weighted by the class's row of that layer: Zhou et al., CVPR 2016, arXiv
+1512.04150. For other heads there is `fastpie.dual.grad_cam`, whose weights are gradients; with the
+head above it gives the same map over the number of positions.
 """
 
 from __future__ import annotations
@@ -26,8 +22,6 @@ __all__ = [
     "CamLayers",
     "cam_layers",
     "class_activation_map",
-    "grad_cam",
-    "gradient_weights",
     "hard_overlap",
     "scaled_map",
     "soft_overlap",
@@ -69,48 +63,6 @@ def class_activation_map(
         return torch.einsum("nkp,nk->np", features.to(dtype).flatten(2), weights.to(dtype)).reshape(
             features.shape[0], *features.shape[2:]
         )
-
-
-def gradient_weights(
-    scores: Tensor,  # [n]
-    features: Tensor,  # [n, K, ...]
-    *,
-    create_graph: bool = False,
-) -> Tensor:  # [n, K]
-    """Grad-CAM's weights: the gradient of each sample's score, averaged over the positions.
-
-    Args:
-        scores: the logit of the class, one for each sample; no sample's may depend on another's
-            features, as they do through BatchNorm in training mode.
-        features: a tensor that `scores` was computed from, not a copy of it.
-        create_graph: whether the weights can be differentiated themselves.
-
-    Raises:
-        FastpieError: if the scores do not depend on the features.
-    """
-    if not scores.requires_grad or not features.requires_grad:
-        raise FastpieError("Expected scores and features of one graph, but there is none.")
-    (slope,) = torch.autograd.grad(
-        scores.sum(),
-        features,
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-    )
-    if slope is None:
-        raise FastpieError("Expected scores that depend on the features, but they do not.")
-    return slope.flatten(2).mean(2)
-
-
-def grad_cam(
-    scores: Tensor,  # [n]
-    features: Tensor,  # [n, K, ...]
-    *,
-    create_graph: bool = False,
-) -> Tensor:  # [n, ...], at least 0
-    """`relu(sum_k mean(dy/dA_k) A_k)`; arguments as those of `gradient_weights`."""
-    weights = gradient_weights(scores, features, create_graph=create_graph)
-    return class_activation_map(features if create_graph else features.detach(), weights).relu()
 
 
 def scaled_map(cam: Tensor) -> Tensor:  # [n, ...] -> [n, ...] in [0, 1]

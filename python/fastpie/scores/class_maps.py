@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastpie.dual.grad_cam import feature_maps_of, grad_cam
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
-from fastpie.scores.cam import CamLayers, class_activation_map, grad_cam
+from fastpie.scores.cam import CamLayers, class_activation_map
 
 __all__ = ["class_maps", "class_pairs", "evaluating", "grad_cams", "logits_of"]
 
@@ -95,7 +96,7 @@ def grad_cams(
     *,
     output: str | int | None = None,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Grad-CAM at a module in one run of a model, as it is: put it into eval mode before.
+    """Grad-CAM (its positive part) at a module in one run of a model: put it into eval mode before.
 
     Args:
         run: calls the model with its positional arguments.
@@ -112,38 +113,33 @@ def grad_cams(
         FastpieError: if there is no such module, it is not called once, or the logits do not depend
             on its output.
     """
-    named = dict(model.named_modules())
-    if module not in named:
-        raise FastpieError(f"Expected the name of a module, but got {module!r}.")
-    seen: list[Any] = []
-    # The output itself, not a copy: the gradient is that of what the model goes on with.
-    handle = named[module].register_forward_hook(lambda module, args, out: seen.append(out))
-    with torch.inference_mode(False), torch.enable_grad():
-        # A frozen model has a graph, too, if its input asks for one.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        feature_maps_of(model, module) as seen,
+    ):
+        # The input asks for a gradient, so that a frozen model has a graph, too.
         args = pytree.tree_map_only(
             Tensor,
             lambda x: x.detach().clone().requires_grad_(x.is_floating_point()),
             as_arguments(images),
         )
-        try:
-            logits = logits_of(run(args), output)
-        finally:
-            handle.remove()
-        if len(seen) != 1 or not isinstance(seen[0], Tensor) or seen[0].ndim < 3:
+        logits = logits_of(run(args), output)
+        if len(seen) != 1:
             raise FastpieError(
-                f"Expected module {module!r} to be called once and to give features [n, K, H, ...], "
-                f"but it gave {[list(getattr(out, 'shape', ())) for out in seen]}."
+                f"Expected module {module!r} to be called once, but it was called {len(seen)} times."
             )
+        features = seen[0]
         rows, classes = pairs(logits)
-        maps = seen[0].new_zeros((len(rows), *seen[0].shape[2:]), dtype=torch.float32)
+        dtype = torch.promote_types(features.dtype, torch.float32)
+        maps = features.new_zeros((len(rows), *features.shape[2:]), dtype=dtype)
         # One backward pass for the first class of each sample, one for the second, ...
         place = _place_among_equals(rows)
         for turn in range(int(place.max()) + 1 if len(rows) else 0):
             these = place == turn
-            scores = logits.new_zeros(len(logits)).index_put(
-                (rows[these],), logits[rows[these], classes[these]]
-            )
-            maps[these] = grad_cam(scores, seen[0])[rows[these]].float()
+            score = logits[rows[these], classes[these]].sum()
+            cam = grad_cam(score, features, retain_graph=True).detach()
+            maps[these] = cam[rows[these]].relu()
     return (rows, classes), maps
 
 

@@ -12,13 +12,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
-from fastpie.training.consistency import (
+from fastpie.training.objective import Criterion, Objective, TrainBatch, entry_of
+from fastpie.training.teacher_losses import (
     DISTANCES,
     TASKS,
     consistency_loss,
     pseudo_label_loss,
 )
-from fastpie.training.objective import Criterion, Objective, TrainBatch, entry_of
 
 __all__ = ["MeanTeacher", "labelled"]
 

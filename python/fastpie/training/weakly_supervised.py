@@ -233,7 +233,7 @@ class WeaklySupervised(Objective):
         criterion: Criterion,
         layers: CamLayers,
         *,
-        weight: float = 0.1,
+        weight: float = 0.3,
         sparsity: float = 0.5,
         every: int = 5,
         output: str | int | None = None,
@@ -244,7 +244,8 @@ class WeaklySupervised(Objective):
             model: a classifier.
             criterion: loss of logits and labels, sample by sample.
             layers: from `fastpie.scores.cam.cam_layers`.
-            weight: of the consistency, at least 0.
+            weight: of the consistency, at least 0. Too much of it, and the maps agree about nothing: on
+                small generated images 0.3 made them better and 1 worse than no consistency.
             sparsity: of the pruned model, by magnitude.
             every: epochs from one pruning to the next.
             output: key or index of the logits in a dict or tuple output.
