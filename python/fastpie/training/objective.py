@@ -88,6 +88,10 @@ class Supervised(Objective):
         self.criterion = criterion
         self.output = output
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Tell the criterion, if it asks to be told (deferred re-weighting)."""
+        getattr(self.criterion, "begin_epoch", lambda epoch: None)(epoch)
+
     def forward(self, batch: TrainBatch) -> Tensor:  # [n]
         """The criterion of each sample."""
         logits = entry_of(self.model(*as_arguments(batch.images)), self.output)
