@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from fastpie.dual import DualModel
+from fastpie.dual.grad_cam import grad_cam
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
 
@@ -109,14 +110,11 @@ def heat_map(
 
 
 def _cam(score: Tensor, features: Tensor) -> np.ndarray:
-    (slope,) = torch.autograd.grad(score, features, allow_unused=True)
-    if slope is None:
-        raise FastpieError("Expected logits that depend on the module, but they do not.")
-    cam = (slope.mean((2, 3), keepdim=True) * features.detach()).sum(1, keepdim=True).relu()
-    if max(cam.shape[2:]) > _MOST_CELLS:
-        height, width = (min(s, _MOST_CELLS) for s in cam.shape[2:])
+    cam = grad_cam(score, features).detach().relu()
+    if max(cam.shape[1:]) > _MOST_CELLS:
+        height, width = (min(s, _MOST_CELLS) for s in cam.shape[1:])
         cam = nn.functional.adaptive_avg_pool2d(cam, (height, width))
-    cam = torch.nan_to_num(cam[0, 0].float())
+    cam = torch.nan_to_num(cam[0].float())
     result: np.ndarray = (cam / cam.max().clamp_min(torch.finfo(torch.float32).tiny)).cpu().numpy()
     return result
 
