@@ -353,6 +353,14 @@ def test_deferred_reweighting_begins_with_its_epoch() -> None:
     assert not objective.state_dict()
 
 
+@pytest.mark.parametrize(("task", "name"), NAMES)
+def test_compiles_to_one_graph(task: str, name: str) -> None:
+    logits, labels = batch(task, 4)
+    loss = make(task, name)
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, labels), loss(logits, labels))
+
+
 def test_empty_batches() -> None:
     for task, name in NAMES:
         logits, labels = batch(task, 2)

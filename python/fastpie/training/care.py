@@ -46,8 +46,8 @@ class CARE(Supervised):
     made-up images with two places that tell the class (tests/training/test_care.py, 4 seeds, 100
     steps) it moved the share of the map in the box from .25 to .63-.76, the published form to .26-.36.
 
-    The network is as before: what is registered for a forward is removed after it. It may be of 2D or
-    3D images, multiclass (labels [n]) or multilabel ([n, C]: the positive rare classes together).
+    The network is as before: what is registered for a forward is removed after it. Do not compile it:
+    a compiled one does not show its layers. It may be of 2D or 3D images, multiclass (labels [n]) or multilabel ([n, C]: the positive rare classes together).
     Boxes are `batch.extra["box"]` [n, 4] in pixels x0, y0, x1, y1 (volumes [n, 6], NaN: none), else the
     region is `batch.extra["mask"]`, [n, ...] or [n, 1, ...] of the input's size, nonzero in the lesion.
     """

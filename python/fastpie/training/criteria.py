@@ -71,22 +71,22 @@ def criterion(
 ) -> SampleLoss:
     """The criterion of that name.
 
-    ==================  ================  =========================================================
-    multiclass          cross_entropy     options: label_smoothing, weights
-    .                   class_balanced    by effective number of samples; counts, beta, gamma
-    .                   focal             gamma, weights
-    .                   logit_adjusted    counts, tau, label_smoothing
-    .                   balanced_softmax  logit_adjusted with tau = 1
-    .                   ldam              LDAM-DRW; counts, max_margin, scale, reweight_from, beta
-    multilabel          cross_entropy     label_smoothing, weights
-    .                   class_balanced    counts, beta, gamma
-    .                   focal             gamma, weights
-    .                   logit_adjusted    counts, tau, label_smoothing
-    .                   asymmetric        gamma_negative, gamma_positive, margin
-    segmentation        cross_entropy     of the pixels
-    .                   dice              include_background, smooth
-    .                   dice_cross_...    dice_cross_entropy: the sum; cross_entropy, dice (weights)
-    ==================  ================  =========================================================
+    ============  ==================  ==========================================================
+    multiclass    cross_entropy       options: label_smoothing, weights
+    .             class_balanced      by effective number of samples; beta, gamma
+    .             focal               gamma, weights
+    .             logit_adjusted      tau, label_smoothing
+    .             balanced_softmax    logit_adjusted with tau = 1; label_smoothing
+    .             ldam                LDAM-DRW; max_margin, scale, reweight_from, beta
+    multilabel    cross_entropy       label_smoothing, weights
+    .             class_balanced      beta, gamma
+    .             focal               gamma, weights
+    .             logit_adjusted      tau, label_smoothing
+    .             asymmetric          gamma_negative, gamma_positive, margin
+    segmentation  cross_entropy       of the pixels
+    .             dice                include_background, smooth
+    .             dice_cross_entropy  their sum; cross_entropy, dice (weights), and those of dice
+    ============  ==================  ==========================================================
 
     Args:
         name: see above.

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fastpie.errors import FastpieError
 from fastpie.training.criteria_counts import effective_number_weights, log_prior, multiclass_counts
-from fastpie.training.criteria_sample import SampleLoss, in_full_precision, mean_of_known, number
+from fastpie.training.criteria_sample import (
+    SampleLoss,
+    checkable,
+    in_full_precision,
+    mean_of_known,
+    number,
+)
 
 __all__ = [
     "LDAM",
@@ -197,7 +203,7 @@ def class_indices(labels: Any, logits: Tensor) -> Tensor:
     if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
         raise FastpieError(f"Expected integers (class indices) as labels, but got {labels.dtype}.")
     indices: Tensor = labels.to(logits.device, torch.int64)
-    if indices.device.type == "cpu" and indices.numel() and indices.max() >= logits.shape[1]:
+    if checkable(indices) and indices.numel() and indices.max() >= logits.shape[1]:
         raise FastpieError(f"Expected labels below {logits.shape[1]}, but got {indices.max()}.")
     return indices
 

@@ -10,7 +10,13 @@ from torch.nn import functional
 
 from fastpie.errors import FastpieError
 from fastpie.training.criteria_counts import effective_number_weights, log_odds
-from fastpie.training.criteria_sample import SampleLoss, in_full_precision, mean_of_known, number
+from fastpie.training.criteria_sample import (
+    SampleLoss,
+    checkable,
+    in_full_precision,
+    mean_of_known,
+    number,
+)
 
 __all__ = [
     "Asymmetric",
@@ -170,7 +176,7 @@ def binary_labels(labels: Any, logits: Tensor) -> Tensor:
         what = list(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise FastpieError(f"Expected labels of shape {list(logits.shape)}, but got {what}.")
     values: Tensor = labels.to(logits.device, logits.dtype)
-    if values.device.type == "cpu" and (values > 1).any():
+    if checkable(values) and (values > 1).any():
         raise FastpieError(
             "Expected labels in [0, 1], or NaN or below 0 (unknown), but got "
             f"{float(values[values > 1][0]):g}."

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastpie.errors import FastpieError
 
-__all__ = ["SampleLoss", "in_full_precision", "mean_of_known", "number"]
+__all__ = ["SampleLoss", "checkable", "in_full_precision", "mean_of_known", "number"]
 
 
 class SampleLoss(nn.Module):
@@ -41,6 +41,11 @@ def in_full_precision(logits: Tensor) -> Tensor:
             f"Expected floating-point `logits` of shape [n, C, ...], but got {what}."
         )
     return logits if logits.dtype is torch.float64 else logits.float()
+
+
+def checkable(labels: Tensor) -> bool:
+    """Whether looking at the labels costs nothing: on the CPU, outside `torch.compile`."""
+    return labels.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def mean_of_known(
