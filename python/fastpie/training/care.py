@@ -20,7 +20,7 @@ from fastpie.training.criteria_sample import number
 from fastpie.training.lesion_boxes import inside_boxes, saliency_boxes, segmentation_boxes
 from fastpie.training.objective import Criterion, Supervised, TrainBatch, entry_of
 
-__all__ = ["CARE", "attention_loss", "scaled_map"]
+__all__ = ["CARE", "attention_loss", "min_max_map"]
 
 _INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MOST = 1024.0  # what a score is scaled by: its gradients must not overflow in fp16
@@ -198,10 +198,10 @@ class CARE(Supervised):
             (logits if logits.dtype is torch.float64 else logits.float()).where(targets, 0).sum()
         )
         cam = grad_cam(score * factor, features, retain_graph=True, create_graph=self.second_order)
-        return scaled_map(cam, size)
+        return min_max_map(cam, size)
 
 
-def scaled_map(cam: Tensor, size: Sequence[int]) -> Tensor:  # [n, ...] -> [n, *size]
+def min_max_map(cam: Tensor, size: Sequence[int]) -> Tensor:  # [n, ...] -> [n, *size]
     """Each map from 0 to 1, interpolated to that size; a constant one is 0 and has no gradient.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where the lesion is: boxes given, from masks, by saliency, or by a segmentation model.
+"""Where the lesion is: in given boxes, by saliency, or by a segmentation model.
 
 A box is `x0, y0, x1, y1` in pixels of the input, of a volume `x0, y0, z0, x1, y1, z1`; x runs along
 the last dimension, a pixel belongs to it whose centre lies in it, and NaN means that there is none.
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastpie.errors import FastpieError
+from fastpie.scores.boxes import boxes_of_masks
 
-__all__ = ["boxes_of_masks", "inside_boxes", "saliency_boxes", "segmentation_boxes"]
+__all__ = ["inside_boxes", "saliency_boxes", "segmentation_boxes"]
 
 _SIDE = 64  # pixels: the scale at which Hou & Zhang look for objects
 _SIGMA = 2.5  # pixels of the above: of the Gaussian in their published code
@@ -45,25 +46,6 @@ def inside_boxes(
         low, high = (boxes[:, c].view(-1, *[1] * dims) for c in (column, column + dims))
         inside &= (low <= centres) & (centres < high)
     return inside
-
-
-def boxes_of_masks(
-    masks: Tensor,  # bool [n, ...]
-    size: Sequence[int] | None = None,
-) -> Tensor:  # fp32 [n, 4], of volumes [n, 6]
-    """The smallest boxes around the masks, scaled to images of that size if one is given."""
-    dims = masks.ndim - 1
-    lows, highs = [], []
-    for axis in range(dims, 0, -1):  # x first
-        others = [a for a in range(1, dims + 1) if a != axis]
-        line = masks.any(others) if others else masks  # [n, length]
-        places = torch.arange(line.shape[1], device=masks.device)
-        scale = 1.0 if size is None else size[axis - 1] / line.shape[1]
-        low = torch.where(line, places, torch.inf).amin(1) * scale
-        high = torch.where(line, places + 1, -torch.inf).amax(1) * scale
-        lows.append(low.where(low.isfinite(), torch.nan))
-        highs.append(high.where(high.isfinite(), torch.nan))
-    return torch.stack(lows + highs, 1)
 
 
 def saliency_boxes(images: Tensor) -> Tensor:  # [n, K, ...] -> fp32 [n, 4], of volumes [n, 6]
