@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastpie.dual import DualEngine, DualModel
+from fastpie.dual import DualEngine, DualModel, stage_features
 from fastpie.dual.calibration import statistics_of
 from fastpie.errors import FastpieError
 from fastpie.mining.ranks import Ranks
-from fastpie.mining.run import DEFAULT_LADDER
 from fastpie.pruning import Masks, prune
 from fastpie.pruning.prune import prunable_weights
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "rule_of", "trained"]
 
 
 class Follower:
@@ -34,23 +33,39 @@ class Follower:
         self,
         model: nn.Module | DualModel,
         device: str | torch.device | None,
+        sparsity: float | Sequence[float],
         *,
+        features: bool,
         precision: str,
         backend: str,
     ) -> None:
         """Copy the model; see `Recorder`.
 
+        Args:
+            model: in wrappers or not.
+            device: by default where the model is.
+            sparsity: for a model that is no DualModel.
+            features: whether to give those that a DualModel names.
+            precision: of the engine.
+            backend: of the engine.
+
         Raises:
             FastpieError: for a model that cannot be copied, masks that `prune` did not choose, or a
                 device that torch cannot use.
         """
-        self._model, masks = _trained(model)
-        self._rule = _rule_of(masks, self._model)
+        self._model, masks, named = trained(model, sparsity)
+        self._rule = rule_of(masks, self._model)
         self._options = {"precision": precision, "backend": backend}
         self._engine: DualEngine | None = None
         self.plan: dict[str, Any] | None = None
         self.device = _place(device, self._model)
-        self.dual = DualModel(_private(self._model, self.device), masks).eval()
+        private = _private(self._model, self.device)
+        self.dual = DualModel(private, masks, named if features else None).eval()
+
+    def watch_stages(self, example: tuple[Any, ...]) -> None:
+        """Give the features of the early stages from now on."""
+        self.dual.feature_module = stage_features(self.dual.model, example)
+        self._engine = None
 
     def follow(self, ranks: Ranks, batches: Callable[[], Iterable[Any]]) -> None:
         """Be what the model is now on rank 0, with masks and BatchNorm statistics made anew.
@@ -77,7 +92,7 @@ class Follower:
         live, own = _tensors(self._model), _tensors(self.dual.model)
         if {k: v.shape for k, v in live.items()} != {k: v.shape for k, v in own.items()}:
             raise FastpieError(
-                "Expected the parameters and buffers that the model had when the Recorder was made, "
+                "Expected the parameters and buffers that the model had at the beginning, "
                 f"but those of {type(self._model).__name__} have other names or shapes now."
             )
         _copy(live, own)
@@ -114,21 +129,29 @@ class Follower:
         return self.dual.compile(example, plan=self.plan, **self._options)
 
 
-def _trained(model: Any) -> tuple[nn.Module, Masks]:
-    """The module that is trained, unwrapped, and masks that tell how to prune it."""
+def trained(
+    model: nn.Module | DualModel, sparsity: float | Sequence[float]
+) -> tuple[nn.Module, Masks, str | None]:
+    """The module that is trained, unwrapped, masks that tell how to prune it, and named features.
+
+    Args:
+        model: in DistributedDataParallel or torch.compile or not; a DualModel has masks of its own.
+        sparsity: of the masks for another model.
+    """
+    inner: Any = model
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, nn.Module) and hasattr(model, "_orig_mod"):  # of torch.compile
-            model = model._orig_mod
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif isinstance(inner, nn.Module) and hasattr(inner, "_orig_mod"):  # of torch.compile
+            inner = inner._orig_mod
         else:
             break
-    if isinstance(model, DualModel):
-        return model.model, model.masks
-    return model, prune(model, DEFAULT_LADDER)
+    if isinstance(inner, DualModel):
+        return inner.model, inner.masks, inner.feature_module
+    return inner, prune(inner, sparsity), None
 
 
-def _rule_of(masks: Masks, model: nn.Module) -> dict[str, Any]:
+def rule_of(masks: Masks, model: nn.Module) -> dict[str, Any]:
     """The arguments of `prune` that choose masks of the same parameters again.
 
     Raises:

@@ -100,6 +100,33 @@ class Plan:
         """The part that a position lies in."""
         return position // (self.batch_size * self.batches_per_part)
 
+    def find(self, sample_ids: Sequence[Any]) -> np.ndarray:  # int64 [n]
+        """The positions of samples, by bisection of all of them at once: no index is built.
+
+        Args:
+            sample_ids: any of the data set, as it names them or as text.
+
+        Raises:
+            FastpieError: for an id that is not there.
+        """
+        array = self.sample_ids.array
+        wanted = pa.array([text_id(i) for i in sample_ids], pa.large_string())
+        first = np.zeros(len(wanted), np.int64)
+        last = np.full(len(wanted), len(array) - 1)  # ids are at least one
+        for _ in range(len(array).bit_length()):
+            middle = (first + last) // 2
+            below = pc.less(array.take(pa.array(middle)), wanted).to_numpy(zero_copy_only=False)
+            first = np.where(below, np.minimum(middle + 1, last), first)
+            last = np.where(below, last, middle)
+        found = pc.equal(array.take(pa.array(first)), wanted).to_numpy(zero_copy_only=False)
+        if not found.all():
+            unknown = wanted[int(np.flatnonzero(~found)[0])].as_py()
+            raise FastpieError(
+                f"Expected sample ids of the data set of {len(self)} samples, but {unknown!r} is not "
+                f"among them (they are like {self.sample_ids[0]!r})."
+            )
+        return first
+
     def fingerprint(self) -> str:
         """Hash of all sample ids."""
         return digest_of_ids(self.sample_ids)

@@ -68,6 +68,14 @@ class Ranks:
         dist.all_gather_object(found, value, group=self._group)
         return found
 
+    def gather(self, value: _T) -> list[_T]:
+        """What every process gives, by rank, on rank 0; nothing on the others."""
+        if self.count == 1:
+            return [value]
+        found: list[Any] | None = [None] * self.count if self.rank == 0 else None
+        dist.gather_object(value, found, dst=0, group=self._group)
+        return found or []
+
     def wait(self) -> None:
         """Until every process has come here."""
         if self.count > 1:

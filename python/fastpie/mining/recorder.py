@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import operator
 import os
-import random
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,30 +14,24 @@ import pyarrow as pa
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm.auto import tqdm
 
-from fastpie.dual import DualEngine, DualModel
-from fastpie.dual.inputs import random_state
+from fastpie.dual import DualModel
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
 from fastpie.mining.epochs import EARLY_EPOCHS, TASKS, EpochStatistics
-from fastpie.mining.follower import Follower
-from fastpie.mining.plan import fingerprint_of
 from fastpie.mining.ranks import Ranks
-from fastpie.mining.reading import Batch, Problem, Reader, path_of
-from fastpie.mining.run_folder import ERRORS_SCHEMA, RunFolder, unreachable
+from fastpie.mining.reading import Batch, Problem
+from fastpie.mining.rescan import Rescan, check_same
+from fastpie.mining.run import DEFAULT_LADDER
+from fastpie.mining.run_folder import RunFolder, unreachable
 from fastpie.mining.scoring import Scorer
-from fastpie.mining.sweep import Sweep
 
 __all__ = ["Recorder"]
 
 _FORMAT = "fastpie-recorder-1"
 _STATE, _TABLE, _ERRORS = "samples.safetensors", "samples.parquet", "errors.parquet"
-
-# A quarter of what `mine` takes: it is run through every level after every epoch, in plain PyTorch.
-_RECALIBRATION_SAMPLES = 512
 
 
 class Recorder:
@@ -129,21 +120,27 @@ class Recorder:
             raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
         self.every = _at_least("every", every, 1)
         self.epochs: list[int] = []
-        self._reader = Reader(
-            data, batch_size=batch_size, num_workers=num_workers, read_timeout=read_timeout
+        self._rescan = Rescan(
+            model,
+            data,
+            DEFAULT_LADDER,
+            features=False,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            read_timeout=read_timeout,
+            sample_ids=sample_ids,
+            precision=precision,
+            backend=backend,
+            device=device,
         )
-        self._errors: dict[int, tuple[str, str, int]] = {}  # position: stage, error, epoch
-        self._follower = Follower(model, device, precision=precision, backend=backend)
-        masks = self._follower.dual.masks
-        with _apart(self._follower.device):
-            self._sweep = Sweep(self._reader, self._follower.device, sample_ids)
-            labelled = self._sweep.kind.label is not None
-            self._scorer = Scorer(
-                task, masks.sparsities, masks.is_ladder, labelled, output, keep_logits=True
-            )
-            self._example, classes = self._try()
+        sweep, masks = self._rescan.sweep, self._rescan.follower.dual.masks
+        labelled = sweep.kind.label is not None
+        self._scorer = Scorer(
+            task, masks.sparsities, masks.is_ladder, labelled, output, keep_logits=True
+        )
+        classes = self._try()
         self._statistics = EpochStatistics(
-            len(self._sweep.plan),
+            len(sweep.plan),
             classes,
             task=task,
             sparsities=masks.sparsities,
@@ -153,56 +150,30 @@ class Recorder:
         )
         self._config = {
             "task": task,
-            "sparsities": masks.sparsities,
-            "is_ladder": masks.is_ladder,
-            **{key: masks.info.get(key) for key in ("method", "scope", "seed")},
-            "weights": sorted(masks),
             "el2n_epochs": sorted(self._statistics.el2n_epochs),
-            "data": f"{len(self._sweep.plan)} samples, {self._sweep.plan.fingerprint()}",
-            "samples": fingerprint_of(self._reader.dataset),
-            "label": self._sweep.kind.label,
             "classes": classes,
-            "batch_size": self._reader.batch_size,
             "output": output,
-            "precision": precision,
-            "backend": backend,
-            "device": self._follower.device.type,
+            **self._rescan.config(),
         }
         self._folder = None if out is None else RunFolder(out)
         if self._folder is not None:
             self._take_up(self._folder)
 
-    def _try(self) -> tuple[tuple[Any, ...], int]:
-        """Score the first batch that can be read: its arguments, and the number of classes.
+    def _try(self) -> int:
+        """Score the first batch that can be: the number of classes."""
+        classes = 0
 
-        What the data or the model is not fit for should show before hours of training.
-        """
-        problem = Problem(0, "read", "it is empty")
-        every = range(self._sweep.plan.batches)
-        with contextlib.closing(self._sweep.batches(every)) as batches:
-            for batch in batches:
-                problem = next(iter(batch.problems), problem)
-                if batch.images is None:
-                    continue
-                args = self._sweep.arguments(batch.images)
-                try:
-                    out = self._follower.dual(*args)
-                except Exception as error:
-                    shapes = [list(a.shape) for a in args if isinstance(a, Tensor)]
-                    raise FastpieError(
-                        f"Expected the model to take a batch of shape {shapes}, but it raised "
-                        f"{type(error).__name__}: {error}"
-                    ) from error
-                rows, _, problems, kept = self._scorer.score(
-                    out, batch.labels, batch.positions, batch.slots
-                )
-                if rows:
-                    return args, int(kept["logits"][0].shape[1])
-                problem = problems[0]
-        raise FastpieError(
-            f"Expected samples that can be scored, but of {len(self._sweep.plan)} none can; one of "
-            f"them: {problem.error}"
-        )
+        def account(batch: Batch, out: DualOutput) -> tuple[list[int], list[Problem]]:
+            nonlocal classes
+            rows, _, problems, kept = self._scorer.score(
+                out, batch.labels, batch.positions, batch.slots
+            )
+            if rows:
+                classes = int(kept["logits"][0].shape[1])
+            return rows, problems
+
+        self._rescan.try_out(account)
+        return classes
 
     # ------------------------------------------------------------------ an epoch
 
@@ -226,86 +197,37 @@ class Recorder:
             return False
         ranks = Ranks()
         try:
-            known = ranks.all(self.epochs)
-            if known.count(self.epochs) < len(known):
-                raise FastpieError(
-                    f"Expected the same epochs on every rank, but they have recorded {known}. All "
-                    "must see the same folder, or load the same state."
-                )
-            if self.epochs and epoch <= self.epochs[-1]:
-                warnings.warn(
-                    f"Epoch {epoch} is not recorded: epoch {self.epochs[-1]} already is, and records "
-                    "stay as they are. To go back with a checkpoint, load the state_dict() of that "
-                    "time.",
-                    stacklevel=2,
-                )
+            if not self._rescan.goes_on(epoch, self.epochs, ranks, "recorded"):
                 return False
-            with _apart(self._follower.device):
-                self._follower.follow(ranks, lambda: self._sweep.subset(_RECALIBRATION_SAMPLES))
-                engine = self._follower.refresh(ranks, self._example)
-                self._record(epoch, engine, ranks)
+            self._record(epoch, ranks)
             if self._folder is not None:
                 ranks.first(self._write)
         finally:
             ranks.close()
         return True
 
-    def _record(self, epoch: int, engine: DualEngine, ranks: Ranks) -> None:
+    def _record(self, epoch: int, ranks: Ranks) -> None:
         """Score every sample; what was known before stays in force unless all of it succeeds."""
         statistics = self._statistics.copy()
-        rows: list[int] = []
-        problems: list[Problem] = []
-
-        def forward(batch: Batch) -> DualOutput | None:
-            return None if batch.images is None else engine(*self._sweep.arguments(batch.images))
-
-        def account(batch: Batch, out: DualOutput | None) -> None:
-            problems.extend(batch.problems)
-            if out is not None:
-                rows.extend(self._account(statistics, batch, out, epoch, problems))
-
-        batches = range(self._sweep.plan.batches)[ranks.rank :: ranks.count]
-        with (
-            contextlib.closing(self._sweep.batches(batches)) as read,
-            tqdm(
-                total=len(batches),
-                desc=f"epoch {epoch}",
-                unit="batch",
-                leave=False,
-                disable=True if ranks.rank else None,
-            ) as bar,
-        ):
-            for _ in self._sweep.lanes.overlapped(read, forward, account):
-                bar.update()
-        mine = np.array(rows, dtype=np.int64)
-        shares = ranks.all((mine, statistics.take(mine) if ranks.count > 1 else {}, problems))
-        if not any(len(share[0]) for share in shares):
-            first = min(problem for share in shares for problem in share[2])
-            raise FastpieError(
-                f"Expected samples that can be scored, but after epoch {epoch} none of "
-                f"{len(self._sweep.plan)} can; the first: {first.error}"
-            )
-        for rank, (theirs, values, _) in enumerate(shares):
+        shares = self._rescan.run(
+            epoch,
+            ranks,
+            lambda batch, out: self._account(statistics, batch, out, epoch),
+            lambda mine: statistics.take(mine) if ranks.count > 1 else {},
+        )
+        for rank, (theirs, values) in enumerate(shares):
             if rank != ranks.rank:
                 statistics.put(theirs, values)
-        for share in shares:
-            self._errors.update((p.position, (p.stage, p.error, epoch)) for p in share[2])
         self._statistics = statistics
         self.epochs = [*self.epochs, epoch]
 
     def _account(
-        self,
-        statistics: EpochStatistics,
-        batch: Batch,
-        out: DualOutput,
-        epoch: int,
-        problems: list[Problem],
-    ) -> list[int]:
-        """Add a batch to the statistics; the rows that were."""
-        rows, columns, unusable, kept = self._scorer.score(
+        self, statistics: EpochStatistics, batch: Batch, out: DualOutput, epoch: int
+    ) -> tuple[list[int], list[Problem]]:
+        """Add a batch to the statistics."""
+        rows, columns, problems, kept = self._scorer.score(
             out, batch.labels, batch.positions, batch.slots
         )
-        problems += unusable
         positions = [batch.positions[row] for row in rows]
         if positions:
             dense, pruned = map(torch.from_numpy, kept["logits"])  # [n, C], [n, L, C]
@@ -318,7 +240,7 @@ class Recorder:
                 labels = torch.from_numpy(values)
                 labels = labels.reshape(dense.shape) if multilabel else labels
             statistics.update(positions, dense, pruned, labels, epoch=epoch)
-        return positions
+        return positions, problems
 
     # ------------------------------------------------------------------ what is known
 
@@ -332,7 +254,7 @@ class Recorder:
         """
         if not self.epochs:
             raise FastpieError("Expected a recorded epoch, but there is none yet: call step().")
-        table = self._statistics.table(self._sweep.plan.sample_ids.array)
+        table = self._statistics.table(self._rescan.sweep.plan.sample_ids.array)
         return table.replace_schema_metadata(
             {
                 "hardness": self._statistics.hardness,
@@ -348,20 +270,7 @@ class Recorder:
         Columns as in `MiningResult.errors`, and `epoch`, the last one with an error; a sample that
         could be scored in other epochs is in `result()` as well.
         """
-        ids, order = self._sweep.plan.sample_ids, self._sweep.plan.order
-        rows = [
-            {
-                "sample_id": ids[position],
-                "path": path_of(self._reader.dataset, int(order[position])),
-                "stage": stage,
-                "error": error,
-                "epoch": epoch,
-            }
-            for position, (stage, error, epoch) in sorted(self._errors.items())
-        ]
-        return pa.Table.from_pylist(
-            rows, schema=ERRORS_SCHEMA.append(pa.field("epoch", pa.int64()))
-        )
+        return self._rescan.error_table()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything recorded: tensors, numbers and text (`torch.load(weights_only=True)`)."""
@@ -369,8 +278,8 @@ class Recorder:
             "format": _FORMAT,
             "config": copy.deepcopy(self._config),
             "epochs": list(self.epochs),
-            "plan": copy.deepcopy(self._follower.plan),
-            "errors": [[position, *error] for position, error in sorted(self._errors.items())],
+            "plan": copy.deepcopy(self._rescan.follower.plan),
+            "errors": self._rescan.error_state(),
             "statistics": self._statistics.state_dict(),
         }
 
@@ -384,22 +293,11 @@ class Recorder:
             raise FastpieError(
                 f"Expected a state of format {_FORMAT!r}, but got {state.get('format')!r}."
             )
-        config = state["config"]
-        differing = [
-            f"{key}: {config.get(key)!r:.80} in the state, {value!r:.80} now"
-            for key, value in self._config.items()
-            if config.get(key) != value
-        ]
-        if differing:
-            raise FastpieError(
-                "Expected the state of a Recorder made with the same arguments, but it differs in "
-                + "; ".join(differing)
-                + "."
-            )
+        check_same("a Recorder", state["config"], self._config)
         self._statistics.load_state_dict(state["statistics"])
         self.epochs = list(state["epochs"])
-        self._follower.take_plan(copy.deepcopy(state["plan"]))
-        self._errors = {position: tuple(error) for position, *error in state["errors"]}
+        self._rescan.follower.take_plan(copy.deepcopy(state["plan"]))
+        self._rescan.load_error_state(state["errors"])
 
     def _take_up(self, folder: RunFolder) -> None:
         """Go on from a folder, if something is in it."""
@@ -433,24 +331,6 @@ class Recorder:
             np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
         )
         self._folder.write_file(_STATE, save(tensors))
-
-
-@contextlib.contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
-    """Without gradients and autocast, and with the random generators as they were at the end."""
-    of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - data sets use it
-    restore = random_state(torch.empty(0, device=device))
-    try:
-        with (
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.autocast(device.type, enabled=False),
-        ):
-            yield
-    finally:
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)  # noqa: NPY002
-        restore()
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

@@ -58,7 +58,7 @@ class Sweep:
             warnings.warn(
                 "The data set names no sample ids, so its indices serve as ids. Pass `sample_ids`, "
                 "or give the data set an attribute `sample_ids`.",
-                stacklevel=3,
+                stacklevel=4,
             )
         self.plan = Plan.cut(given, reader.batch_size)
         if len(self.plan) != count:

@@ -1,0 +1,467 @@
+"""`Attention`: mines the training samples that are hard to learn, and says how much to attend to each."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from fastpie.dual import DualModel
+from fastpie.dual.output import DualOutput
+from fastpie.errors import FastpieError
+from fastpie.mining.ranks import Ranks
+from fastpie.mining.reading import Batch, Problem
+from fastpie.mining.rescan import Rescan, check_same
+from fastpie.training.attention_scores import RANDOM, Scoring
+from fastpie.training.findings import Findings, Guard
+from fastpie.training.strata import codes_of, rank01, top
+
+__all__ = ["Attention"]
+
+_FORMAT = "fastpie-attention-1"
+_ATTEND = ("soft", "weights", "oversample", "consistency")
+_COLUMNS = ("score", "rank", "attention", "doubt")  # fp64 [N], by position
+
+
+class Attention:
+    """Attends to the training samples that are hard to learn (HTL), mined anew as training goes on.
+
+    Put it beside any training loop::
+
+        attention = fastpie.training.Attention(model, train_set_without_augmentation)
+        for epoch in range(epochs):
+            for images, labels, ids in loader:
+                losses = criterion(model(images), labels)  # [n]
+                loss = (losses * attention.weights(ids)).mean()
+                ...
+            attention.step(epoch)
+
+    After a warm-up, every few epochs, a private copy of the model is pruned, the BatchNorm statistics
+    of the pruned model are taken from 512 samples, and every sample gets a score g of the dense and the
+    pruned model in eval mode, higher = harder. With the momentum b its *attention* is
+
+        S = b S + (1 - b) rank01(g)
+
+    rank01 being its place among the samples of its stratum, 0 for the easiest and 1 for the hardest, equal
+    scores at the mean of their places; the first time S = rank01(g). The HTL are those of the highest S.
+    A sample that cannot be read or has no score (NaN) keeps its S; one that never had one stands at 0.5
+    and is no HTL. Source: Attend Who is Weak (arXiv 2212.02675); ranks, guard and scores other than the
+    disagreement of both models are ours.
+
+    A very hard sample can be a wrong label, which must not be attended to. So labels are doubted in the
+    same pass (`guard`), and the most doubtful of each class are left out.
+
+    The training is not touched: weights, buffers, gradients, modes and random generators are as they
+    were. Where `torch.distributed` is initialised every process makes the Attention and calls `step`:
+    they share the batches, scored with the model of rank 0, and all know all weights.
+
+    Before the first mining all weights are 1 and nothing is hard.
+
+    Attributes:
+        attend: how to attend.
+        epochs: after which was mined, increasing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | DualModel,
+        data: Dataset[Any] | DataLoader[Any],
+        *,
+        score: str | Callable[..., Any] = "margin_pruned",
+        sparsity: float | Sequence[float] = 0.5,
+        warmup: int = 10,
+        every: int = 5,
+        momentum: float = 0.7,
+        fraction: float = 0.2,
+        per: Any = None,
+        attend: str = "soft",
+        strength: float = 4.0,
+        guard: Any = "auto",
+        doubtful: float = 0.05,
+        doubtful_weight: float = 0.0,
+        task: str = "multiclass",
+        seed: int = 0,
+        batch_size: int | None = None,
+        num_workers: int | None = None,
+        read_timeout: float | None = None,
+        sample_ids: Sequence[Any] | None = None,
+        output: str | int | None = None,
+        precision: str = "fp32",
+        backend: str = "auto",
+        device: str | torch.device | None = None,
+    ) -> None:
+        """Copy the model and try it on the first samples; nothing is mined yet.
+
+        Scores by name, means over the levels of a ladder:
+
+        =========================  =================================================================
+        margin_pruned, _dense      with labels: the label's margin, negated
+        loss_pruned, loss_dense,   with labels; segmentation: cross-entropy plus 1 - soft Dice against
+        damage                     the masks (`segmentation_loss`); damage = loss_pruned - loss_dense
+        js, kl, kl_reverse, flip,  of classifiers, without labels; drift also of embeddings
+        drift, spearman (1 - rho)
+        iou, iou_soft              segmentation: 1 - IoU of the dense and the pruned masks
+        random                     a control: ranks by `seed`, the same each time
+        =========================  =================================================================
+
+        The `_dense` ones are controls, too: what pruning adds shows against them.
+
+        Args:
+            model: the model that is trained (in DistributedDataParallel or torch.compile or not), pruned
+                by magnitude; or a DualModel of it, which gives levels, method, scope, the weights to
+                prune and, for a score that is a function, the features.
+            data: as for `mine`, the training samples *without* random augmentation.
+            score: a name, or a function `score(out, labels)` or `score(out, labels, images)` of a
+                `DualOutput`, the collated labels and the model's input that returns one number a
+                sample, [n], higher = harder, NaN unknown: of boxes, CAMs, `out.features`. It sees whole
+                batches; the last one is filled up with empty images, whose numbers are not used.
+            sparsity: a level or a ladder.
+            warmup: epochs before the first mining, at least 1: it is after the epoch `warmup - 1`.
+            every: epochs from one mining to the next.
+            momentum: b above, in [0, 1).
+            fraction: of each stratum that is called HTL, in [0, 1]; with strata at least one sample.
+            per: the strata: None for one; "label" for the classes (of several labels of a sample the
+                rarest positive one); or an attribute's values, in the order of the data set.
+            attend: "soft": weights 1 + strength * S; "weights": 1 + strength for the HTL, 1 for others;
+                "oversample": `draw_weights` in proportion to 1 + strength * S, and weights are 1;
+                "consistency": weights are 1, and `hard` is for a `Consistency` objective.
+            strength: at least 0.
+            guard: "margin": labels whose margin of the dense model is lowest within their class, by
+                ranks with the same momentum (AUM, arXiv 2001.10528, of the epochs mined); of several
+                labels the class that the model speaks for least. "probe": the margin of a
+                leave-one-out ridge probe on features (`fastpie.analysis.probe`), those that the
+                DualModel names, else of the early stages; what found most wrong labels in
+                docs/design/quality.md; it keeps the features of all samples on rank 0 in memory. A
+                function as `score`, or an array in the order of the data set, of doubts (higher = more
+                doubtful), compared over all samples. None for none. "auto": "margin" where there are
+                labels of classes, else None.
+            doubtful: the fraction of each class that is most in doubt, in [0, 1), rounded down, so that a
+                class of a few samples loses none.
+            doubtful_weight: of these, before the scaling to a mean of 1: 0 leaves them out, 1 counts them as
+                samples without attention.
+            task: "multiclass", "multilabel", "segmentation" or "embedding".
+            seed: of the score "random".
+            batch_size: as for `mine`.
+            num_workers: as for `mine`.
+            read_timeout: as for `mine`.
+            sample_ids: as for `mine`.
+            output: as for `mine`.
+            precision: as for `mine`.
+            backend: as for `mine`.
+            device: to score on; by default where the model is now.
+
+        Raises:
+            FastpieError: for unusable arguments, data or outputs.
+        """
+        self.attend = attend
+        self.epochs: list[int] = []
+        self._warmup = _at_least("warmup", warmup, 1)
+        self._every = _at_least("every", every, 1)
+        self._seed = _at_least("seed", seed, 0)
+        if attend not in _ATTEND:
+            raise FastpieError(f"Expected `attend` to be one of {_ATTEND}, but got {attend!r}.")
+        self._momentum = _within("momentum", momentum, 0, 1, below=True)
+        self._fraction = _within("fraction", fraction, 0, 1)
+        self._strength = _within("strength", strength, 0, np.inf, below=True)
+        self._doubtful = _within("doubtful", doubtful, 0, 1, below=True)
+        self._doubtful_weight = _within("doubtful_weight", doubtful_weight, 0, np.inf, below=True)
+        self._rescan = Rescan(
+            model,
+            data,
+            sparsity,
+            features=callable(score)
+            or callable(guard)
+            or (isinstance(guard, str) and guard == "probe"),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            read_timeout=read_timeout,
+            sample_ids=sample_ids,
+            precision=precision,
+            backend=backend,
+            device=device,
+        )
+        sweep, dual = self._rescan.sweep, self._rescan.follower.dual
+        self._plan = sweep.plan
+        self._scoring = Scoring(
+            score,
+            task,
+            is_ladder=dual.is_ladder,
+            labelled=sweep.kind.label is not None,
+            output=output,
+        )
+        self._guard = Guard(guard, of_classes=self._scoring.of_classes, order=self._plan.order)
+        self._per = per if isinstance(per, str) else None
+        self._strata = self._strata_of(per)
+        count = len(self._plan)
+        self._state = {name: np.full(count, np.nan) for name in _COLUMNS}
+        self._classes = np.full(count, -1, np.int64)
+        self._hard = self._in_doubt = np.zeros(count, bool)
+        self._weights = np.ones(count)
+        trial = Findings(count, self._scoring, None)  # there are no features yet
+        self._rescan.try_out(lambda batch, out: self._account(trial, batch, out))
+        if self._guard.name == "probe" and dual.feature_module is None:
+            self._rescan.watch_stages()
+        self._config = {
+            "score": self._scoring.name,
+            "task": task,
+            "momentum": self._momentum,
+            "per": self._per if self._strata is None else _digest(self._strata),
+            "guard": self._guard.name,
+            "seed": self._seed,
+            "output": output,
+            **self._rescan.config(),
+        }
+
+    def _strata_of(self, per: Any) -> np.ndarray | None:  # int64 [N], by position
+        if per is None:
+            return None
+        if isinstance(per, str):
+            if per != "label" or not self._scoring.of_classes:
+                raise FastpieError(
+                    "Expected `per` to be None, 'label' for data with labels of classes, or the values of "
+                    f"an attribute, but got {per!r}."
+                )
+            return None
+        codes = codes_of(per, len(self._plan))
+        if codes is None:
+            raise FastpieError(
+                f"Expected `per` to have a value for each of the {len(self._plan)} samples, in the order "
+                f"of the data set, but got {type(per).__name__}"
+                + (f" of {len(per)}." if hasattr(per, "__len__") else ".")
+            )
+        by_position: np.ndarray = codes[self._plan.order]
+        return by_position
+
+    # ------------------------------------------------------------------ mining
+
+    def step(self, epoch: int) -> bool:
+        """Mine, if it is the epoch's turn: after the epochs warmup - 1, warmup - 1 + every, ...
+
+        Args:
+            epoch: that has just ended, counted from 0.
+
+        Returns:
+            Whether it was mined: False where it is not its turn, and, with a warning, for an epoch that
+            is not later than those mined.
+
+        Raises:
+            FastpieError: for weights that are not finite, or no sample that can be scored; what was
+                known before stays in force. Single samples that cannot be do not raise: see `errors`.
+        """
+        epoch = _at_least("epoch", epoch, 0)
+        since = epoch + 1 - self._warmup
+        if since < 0 or since % self._every:
+            return False
+        ranks = Ranks()
+        try:
+            if not self._rescan.goes_on(epoch, self.epochs, ranks, "mined"):
+                return False
+            findings = Findings(len(self._plan), self._scoring, self._guard)
+            shares = self._rescan.run(
+                epoch,
+                ranks,
+                lambda batch, out: self._account(findings, batch, out),
+                lambda _: findings.share(),
+            )
+            findings.merge([share for _, share in shares], ranks)
+        finally:
+            ranks.close()
+        self._take(findings)
+        self.epochs = [*self.epochs, epoch]
+        return True
+
+    def _account(
+        self, findings: Findings, batch: Batch, out: DualOutput
+    ) -> tuple[list[int], list[Problem]]:
+        return findings.account(batch, out, lambda: self._rescan.sweep.arguments(batch.images))
+
+    def _take(self, findings: Findings) -> None:
+        """The new attention, from scores and doubts of one pass."""
+        state = self._state
+        found = findings.classes()
+        if found is not None:
+            self._classes = np.where(found >= 0, found, self._classes)
+        score = findings.hardness
+        if self._scoring.name == RANDOM:
+            generator = np.random.default_rng(self._seed)
+            score = np.where(np.isnan(score), np.nan, generator.random(len(score)))
+        rank = rank01(score, self._classes if self._per == "label" else self._strata)
+        doubt = rank01(findings.doubt, self._classes if self._guard.by_class else None)
+        self._state = {
+            "score": np.where(np.isnan(score), state["score"], score),
+            "rank": np.where(np.isnan(rank), state["rank"], rank),
+            "attention": self._averaged(state["attention"], rank),
+            "doubt": self._averaged(state["doubt"], doubt),
+        }
+        self._derive()
+
+    def _averaged(self, before: np.ndarray, new: np.ndarray) -> np.ndarray:
+        """S = b S + (1 - b) rank; the first time the rank; without one as before."""
+        mixed = self._momentum * before + (1 - self._momentum) * new
+        return np.where(np.isnan(new), before, np.where(np.isnan(before), new, mixed))
+
+    def _derive(self) -> None:
+        """Who is hard, who is in doubt and what each weighs, from the state."""
+        attention, doubt = self._state["attention"], self._state["doubt"]
+        by_label = self._per == "label"
+        self._in_doubt = top(doubt, self._doubtful, self._classes if self._guard.by_class else None)
+        self._hard = top(
+            np.where(self._in_doubt, np.nan, attention),
+            self._fraction,
+            self._classes if by_label else self._strata,
+            at_least=int(by_label or self._strata is not None) if self._fraction else 0,
+        )
+        weights = np.ones(len(attention))
+        if self.attend == "weights":
+            weights += self._strength * self._hard
+        elif self.attend != "consistency":
+            weights += self._strength * np.nan_to_num(attention, nan=0.5)
+        weights[self._in_doubt] = self._doubtful_weight
+        self._weights = weights / weights.mean()
+
+    # ------------------------------------------------------------------ what to attend to
+
+    def weights(
+        self, ids: Sequence[Any] | Tensor, device: str | torch.device | None = None
+    ) -> Tensor:  # fp32 [n]
+        """What to multiply the losses of samples with; 1 in the mean over the data set.
+
+        With "oversample" and "consistency" 1 for all; with the latter, those in doubt aside.
+
+        Args:
+            ids: of any samples of the data set: as it names them, text, or integers, also in a tensor.
+            device: of the result; by default the CPU.
+
+        Raises:
+            FastpieError: for an id that is not in the data set.
+        """
+        found = self._plan.find(_listed(ids))
+        weights = torch.ones(len(found))
+        if self.attend != "oversample":
+            weights = torch.from_numpy(self._weights[found]).float()
+        return weights.to(device)
+
+    def hard(
+        self, ids: Sequence[Any] | Tensor, device: str | torch.device | None = None
+    ) -> Tensor:  # bool [n]
+        """Which samples are hard to learn (HTL); arguments and errors as of `weights`."""
+        return torch.from_numpy(self._hard[self._plan.find(_listed(ids))]).to(device)
+
+    def draw_weights(self) -> np.ndarray | None:  # fp64 [N], in the order of the data set
+        """Probabilities to draw the samples of an epoch with, for "oversample"; they sum to 1.
+
+        For `torch.utils.data.WeightedRandomSampler(attention.draw_weights(), len(train_set))`. None
+        before the first mining, when every sample is to be drawn once, and for other ways to attend.
+        """
+        if self.attend != "oversample" or not self.epochs:
+            return None
+        weights = np.empty(len(self._weights))
+        weights[self._plan.order] = self._weights / self._weights.sum()
+        return weights
+
+    def table(self) -> pa.Table:
+        """One row a sample, in sample_id order.
+
+        Columns: `sample_id`; `score`, the last g, and `rank` of it; `attention`, S; `hard`, whether it is
+        an HTL; `doubtful`, whether its label is left out; `weight`, with "oversample" that of drawing.
+        Null where there never was a score. `hard` goes into `fastpie.analysis.subgroups` beside a
+        manifest in the same order: odds ratios of HTL by attribute.
+
+        Raises:
+            FastpieError: before the first mining.
+        """
+        if not self.epochs:
+            raise FastpieError(
+                f"Expected an epoch that was mined, but there is none yet: the first is {self._warmup - 1}."
+            )
+        columns = {
+            "sample_id": self._plan.sample_ids.array,
+            **{
+                name: pa.array(self._state[name], from_pandas=True)
+                for name in ("score", "rank", "attention")
+            },
+            "hard": self._hard,
+            "doubtful": self._in_doubt,
+            "weight": self._weights,
+        }
+        return pa.table(columns).replace_schema_metadata({"score": self._scoring.name})
+
+    @property
+    def errors(self) -> pa.Table:
+        """Samples that could not be read or scored after some epoch, see `Recorder.errors`."""
+        return self._rescan.error_table()
+
+    # ------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was mined: tensors, numbers and text (`torch.load(weights_only=True)`)."""
+        return {
+            "format": _FORMAT,
+            "config": copy.deepcopy(self._config),
+            "epochs": list(self.epochs),
+            "plan": copy.deepcopy(self._rescan.follower.plan),
+            "errors": self._rescan.error_state(),
+            "classes": torch.from_numpy(self._classes.copy()),
+            **{name: torch.from_numpy(values.copy()) for name, values in self._state.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state of `state_dict`.
+
+        How to attend (`attend`, `strength`, `fraction`, `doubtful`) and when to mine may be other than
+        they were.
+
+        Raises:
+            FastpieError: if the state is of another data set, score or model.
+        """
+        if state.get("format") != _FORMAT:
+            raise FastpieError(
+                f"Expected a state of format {_FORMAT!r}, but got {state.get('format')!r}."
+            )
+        check_same("an Attention", state["config"], self._config)
+        self.epochs = list(state["epochs"])
+        self._rescan.follower.take_plan(copy.deepcopy(state["plan"]))
+        self._rescan.load_error_state(state["errors"])
+        self._classes = state["classes"].cpu().numpy().copy()
+        self._state = {name: state[name].cpu().numpy().copy() for name in _COLUMNS}
+        if self.epochs:
+            self._derive()
+        else:
+            self._hard = self._in_doubt = np.zeros(len(self._plan), bool)
+            self._weights = np.ones(len(self._plan))
+
+
+def _listed(ids: Sequence[Any] | Tensor) -> Sequence[Any]:
+    return ids.tolist() if isinstance(ids, Tensor) else ids
+
+
+def _digest(codes: np.ndarray) -> str:
+    return hashlib.sha256(codes.tobytes()).hexdigest()
+
+
+def _at_least(name: str, value: Any, least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise FastpieError(
+            f"Expected `{name}` to be an int of at least {least}, but got {value!r}."
+        )
+    return number
+
+
+def _within(name: str, value: float, least: float, most: float, *, below: bool = False) -> float:
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not number or not least <= value <= most or (below and value == most):
+        bounds = f"[{least}, {most}{')' if below else ']'}"
+        raise FastpieError(f"Expected `{name}` in {bounds}, but got {value!r}.")
+    return float(value)

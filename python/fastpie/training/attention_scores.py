@@ -1,0 +1,316 @@
+"""How hard each sample of a batch is, by name or by a function: higher = harder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastpie import ops
+from fastpie.dual.output import DualOutput
+from fastpie.errors import FastpieError
+from fastpie.ops.disagreement import SCORES
+from fastpie.scores.disagreement import TASKS
+from fastpie.training.objective import entry_of
+
+__all__ = ["RANDOM", "BatchScores", "Scoring", "segmentation_loss"]
+
+RANDOM = "random"
+
+_LABEL_FREE = {
+    "multiclass": ("js", "kl", "kl_reverse", "spearman", "flip", "drift"),
+    "multilabel": ("js", "kl", "kl_reverse", "spearman", "flip", "drift"),
+    "segmentation": ("iou", "iou_soft"),
+    "embedding": ("drift",),
+}
+_LOSSES = ("loss_pruned", "loss_dense", "damage")
+_LABELLED = {
+    "multiclass": ("margin_pruned", "margin_dense", *_LOSSES),
+    "multilabel": ("margin_pruned", "margin_dense", *_LOSSES),
+    "segmentation": _LOSSES,
+    "embedding": (),
+}
+_NEGATED = ("margin_pruned", "margin_dense")
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Of all slots of a batch, on the CPU.
+
+    Attributes:
+        hardness: fp64 [B], higher = harder; NaN where it is unknown.
+        margin: fp64 [B], how far the dense model speaks for the label; NaN for an unknown label; None
+            without labels. Several labels: that of the class it speaks for least.
+        labels: int64 [B], -1 unknown, or fp32 [B, C] of 1, 0, NaN; None without.
+    """
+
+    hardness: np.ndarray
+    margin: np.ndarray | None
+    labels: np.ndarray | None
+
+
+class Scoring:
+    """Computes a score of batches of a dual forward.
+
+    Attributes:
+        name: of the score.
+        task: "multiclass", "multilabel", "segmentation" or "embedding".
+        of_classes: whether there are labels of classes, and so margins.
+    """
+
+    def __init__(
+        self,
+        score: str | Callable[..., Any],
+        task: str,
+        *,
+        is_ladder: bool,
+        labelled: bool,
+        output: str | int | None,
+    ) -> None:
+        """See `Attention`.
+
+        Raises:
+            FastpieError: for a score or task that there is not, or a score that needs labels.
+        """
+        if task not in TASKS:
+            raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
+        self._own = score if callable(score) else None
+        if not callable(score):
+            names = (*_LABELLED[task], *_LABEL_FREE[task], RANDOM)
+            if score not in names:
+                raise FastpieError(
+                    f"Expected `score` to be one of {names} for task {task!r}, or a function, but "
+                    f"got {score!r}."
+                )
+            if score in _LABELLED[task] and not labelled:
+                raise FastpieError(
+                    f"Expected a data set with labels for the score {score!r}, but it has none; "
+                    f"without labels there are {(*_LABEL_FREE[task], RANDOM)}."
+                )
+        self.name = _name(score)
+        self.task = task
+        self.of_classes = labelled and task in ("multiclass", "multilabel")
+        self._is_ladder = is_ladder
+        self._labelled = labelled
+        self._output = output
+        self._own_takes_images = self._own is not None and takes_images(self._own)
+
+    def __call__(
+        self, out: DualOutput, labels: Any, images: Callable[[], tuple[Any, ...]]
+    ) -> BatchScores:
+        """Score a batch.
+
+        Args:
+            out: of the dual forward.
+            labels: as collated.
+            images: gives the model's arguments; called where a function wants them.
+
+        Raises:
+            FastpieError: for outputs or labels that the task does not have.
+        """
+        margin = targets = hardness = None
+        if self.of_classes or self._own is None:
+            dense, pruned = self._logits(out)
+            if self.of_classes:
+                targets = _class_targets(labels, dense, self.task)
+            if self.task in ("multiclass", "multilabel"):
+                scores = _class_scores(dense, pruned, targets, self.task)
+                if targets is not None:
+                    margin = _margins(dense, targets, self.task, scores)
+            else:
+                scores = self._other_scores(dense, pruned, labels)
+            if self.name != RANDOM and self._own is None:
+                value = scores[self.name].double().mean(0)  # over the levels
+                hardness = -value if self.name in _NEGATED else value
+        if self._own is not None:
+            arguments = (
+                (out, labels, unpacked(images())) if self._own_takes_images else (out, labels)
+            )
+            hardness = per_sample(self._own(*arguments), "score")
+        if hardness is None:  # random: of what could be scored
+            finite = next(iter(scores.values()))[0]
+            hardness = torch.where(finite.isnan(), torch.nan, 0.0).double()
+        return BatchScores(
+            hardness.cpu().numpy(),
+            None if margin is None else margin.cpu().numpy(),
+            None if targets is None else targets.cpu().numpy(),
+        )
+
+    def _logits(self, out: DualOutput) -> tuple[Tensor, Tensor]:
+        """[B, ...] and [L, B, ...]."""
+        dense = entry_of(out.dense, self._output).as_subclass(Tensor)
+        pruned = entry_of(out.pruned, self._output).as_subclass(Tensor)
+        pruned = pruned if self._is_ladder else pruned.unsqueeze(0)
+        fits = dense.ndim >= 3 if self.task == "segmentation" else dense.ndim == 2
+        if not fits:
+            shape = "[N, C, H, ...]" if self.task == "segmentation" else "[N, C]"
+            raise FastpieError(
+                f"Expected outputs of shape {shape} for task {self.task!r}, but got "
+                f"{list(dense.shape)}."
+            )
+        return dense, pruned
+
+    def _other_scores(self, dense: Tensor, pruned: Tensor, labels: Any) -> dict[str, Tensor]:
+        if self.task == "embedding":
+            return {"drift": ops.embedding_disagreement(dense, pruned)}
+        iou, iou_soft = ops.segmentation_disagreement(dense, pruned)
+        scores = {"iou": 1 - iou, "iou_soft": 1 - iou_soft}
+        if self.name in _LOSSES:
+            of_dense = segmentation_loss(dense, labels).unsqueeze(0)
+            of_pruned = torch.stack([segmentation_loss(level, labels) for level in pruned])
+            scores.update(loss_dense=of_dense, loss_pruned=of_pruned, damage=of_pruned - of_dense)
+        return scores
+
+
+def segmentation_loss(
+    logits: Tensor,  # [N, C, ...]
+    masks: Any,  # integers [N, ...] or [N, 1, ...]; or [N, C, ...] of 0, 1
+) -> Tensor:  # fp32 [N]
+    """Cross-entropy plus 1 - soft Dice of the foreground, image by image.
+
+    What nnU-Net is trained with (Isensee et al., Nature Methods 18, 2021), of one image at a time:
+    the mean over the known pixels of the cross-entropy, plus
+    `1 - (2 sum p t + 1) / (sum p + sum t + 1)`, sums over pixels and classes. With C == 1 a logit is
+    that of the foreground, else class 0 is the background and takes no part in the sums.
+
+    Args:
+        logits: of any floating dtype.
+        masks: class indices (of C == 1: 0 and 1), below 0 or NaN where unknown; or one channel a class.
+
+    Returns:
+        NaN for an image without a known pixel or with outputs that are not numbers.
+
+    Raises:
+        FastpieError: for masks of another shape.
+    """
+    if not isinstance(masks, Tensor):
+        raise FastpieError(
+            f"Expected masks that collate to a tensor, but got {type(masks).__name__}."
+        )
+    z = logits.float().flatten(2)  # [N, C, P]
+    target = masks.as_subclass(Tensor).detach().to(z.device)
+    count, classes, pixels = z.shape
+    spatial = logits.shape[2:]
+    if target.shape == logits.shape and classes > 1:
+        t = target.float().flatten(2)
+        known = ~t.isnan().any(1) & (t >= 0).all(1)
+        t = torch.where(known[:, None], t, 0.0)
+    elif target.shape in ((count, *spatial), (count, 1, *spatial)):
+        index = target.double().reshape(count, pixels)
+        known = (index >= 0) & (index < max(classes, 2)) & (index == index.floor())
+        index = torch.where(known, index, 0.0).long()
+        t = (
+            index.float()[:, None]
+            if classes == 1
+            else functional.one_hot(index, classes).transpose(1, 2).float()
+        )
+    else:
+        raise FastpieError(
+            f"Expected masks of shape {[count, *spatial]}, {[count, 1, *spatial]} or that of the "
+            f"outputs, {list(logits.shape)}, but got {list(target.shape)}."
+        )
+    weight = known.float()
+    if classes == 1:
+        entropy = functional.binary_cross_entropy_with_logits(z, t, reduction="none")[:, 0]
+        p = z.sigmoid()
+    else:
+        log_p = z.log_softmax(1)
+        entropy = -(t * log_p).sum(1)
+        p, t = log_p[:, 1:].exp(), t[:, 1:]
+    t, p = t * weight[:, None], p * weight[:, None]
+    dice = (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)
+    return (entropy * weight).sum(1) / weight.sum(1) + 1 - dice  # 0 / 0: NaN
+
+
+def per_sample(value: Any, what: str) -> Tensor:  # fp64 [B]
+    """What a user's function returned for a batch.
+
+    Raises:
+        FastpieError: if it is not one number a sample.
+    """
+    values = torch.as_tensor(value).detach().as_subclass(Tensor)
+    if values.ndim != 1:
+        raise FastpieError(
+            f"Expected the function `{what}` to return one number a sample, [n], but got shape "
+            f"{list(values.shape)}."
+        )
+    return values.double()
+
+
+def takes_images(function: Callable[..., Any]) -> bool:
+    """Whether a function of (out, labels) takes the images as a third argument."""
+    try:
+        inspect.signature(function).bind(None, None, None)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def unpacked(arguments: tuple[Any, ...]) -> Any:
+    """The images: the only argument of the model, or all of them."""
+    return arguments[0] if len(arguments) == 1 else arguments
+
+
+def _name(score: str | Callable[..., Any]) -> str:
+    if isinstance(score, str):
+        return score
+    of = score if hasattr(score, "__qualname__") else type(score)
+    return f"{of.__module__}.{of.__qualname__}"
+
+
+def _class_targets(labels: Any, dense: Tensor, task: str) -> Tensor:
+    """int64 [B], -1 where unknown, or fp32 [B, C], NaN where unknown; on the device of the outputs.
+
+    Raises:
+        FastpieError: if the format of all of them is wrong.
+    """
+    rows, classes = dense.shape
+    if not isinstance(labels, Tensor):
+        raise FastpieError(
+            f"Expected labels that collate to a tensor, but got {type(labels).__name__}."
+        )
+    labels = labels.detach().as_subclass(Tensor).to(dense.device)
+    if task == "multilabel":
+        if labels.shape != (rows, classes):
+            raise FastpieError(
+                f"Expected multilabel labels of shape [{rows}, {classes}], but got "
+                f"{list(labels.shape)}."
+            )
+        labels = labels.float()
+        return torch.where((labels == 0) | (labels == 1), labels, torch.nan)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (rows,):
+        raise FastpieError(
+            f"Expected multiclass labels of shape [{rows}] (class indices), but got "
+            f"{list(labels.shape)}; for several labels an image use task='multilabel'."
+        )
+    if labels.is_floating_point():
+        labels = torch.where(labels == labels.floor(), labels, -1.0)  # NaN as well
+    labels = labels.long()
+    return torch.where((labels >= 0) & (labels < classes), labels, -1)
+
+
+def _class_scores(
+    dense: Tensor, pruned: Tensor, targets: Tensor | None, task: str
+) -> dict[str, Tensor]:  # [L, B] each
+    packed = ops.disagreement(dense, pruned, targets, task)
+    scores = dict(zip(SCORES, packed.unbind(0), strict=True))
+    scores["spearman"] = 1 - scores["spearman"]
+    # An output that is not a number gives no flip, but NaN everywhere else.
+    scores["flip"] = torch.where(scores["js"].isnan(), torch.nan, scores["flip"])
+    return scores
+
+
+def _margins(dense: Tensor, targets: Tensor, task: str, scores: dict[str, Tensor]) -> Tensor:
+    if task == "multiclass":
+        return scores["margin_dense"][0].double()
+    signed = (2 * targets - 1) * dense.float()  # label_margins of fastpie.analysis.doubt
+    lowest = torch.where(targets.isnan(), torch.inf, signed).amin(1).double()
+    return torch.where(lowest.isinf(), torch.nan, lowest)
