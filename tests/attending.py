@@ -21,7 +21,9 @@ __all__ = ["Labelled", "change", "expected_attention", "margin", "outputs_of"]
 class Labelled(Dataset):
     """(image, label); ids are not in the order of the data set. An exception is raised when read."""
 
-    def __init__(self, images: Tensor, labels: Any = None, bad: dict[int, Any] | None = None) -> None:
+    def __init__(
+        self, images: Tensor, labels: Any = None, bad: dict[int, Any] | None = None
+    ) -> None:
         self.images = images
         self.labels = labels
         self.bad = bad or {}

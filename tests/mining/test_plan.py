@@ -115,3 +115,21 @@ def test_unknown_ids(samples: Any) -> None:
 def test_one_known_id_for_each_sample(samples: Any) -> None:
     with pytest.raises(FastpieError, match="each of the 3"):
         known_sample_ids(samples([0, 1, 2], ["a", "b"]))
+
+
+def test_find_gives_the_place_of_every_id_and_refuses_others() -> None:
+    generator = random.Random()
+    for count in (1, 2, 3, 64, 257):
+        ids = {
+            "".join(generator.choices("abé🦴0", k=generator.randint(1, 5))) for _ in range(count)
+        }
+        plan = Plan.cut(list(ids), 4)
+        asked = generator.choices(list(ids), k=40)
+        assert [plan.sample_ids[p] for p in plan.find(asked)] == asked
+        for unknown in ("", "zz", "a" * 9, "\U0010ffff"):
+            if unknown not in ids:
+                with pytest.raises(FastpieError, match="not among them"):
+                    plan.find([*asked, unknown])
+    assert plan.find([]).shape == (0,)
+    numbers = Plan.cut(range(300), 4)
+    assert numbers.order[numbers.find([299, np.int64(7), "0"])].tolist() == [299, 7, 0]

@@ -63,7 +63,9 @@ def test_attention_is_the_formula_over_three_minings(sparsity: Any, per: Any) ->
         assert attention.step(epoch)
         out = outputs_of(model, data, sparsity)
         levels = out.pruned if isinstance(sparsity, list) else out.pruned[None]
-        rounds.append(-np.mean([margin(level, data.labels).double().numpy() for level in levels], 0))
+        rounds.append(
+            -np.mean([margin(level, data.labels).double().numpy() for level in levels], 0)
+        )
     strata = {None: np.zeros(COUNT), "label": data.labels.numpy()}.get(per)
     strata = np.arange(COUNT) % 3 if strata is None else strata
     expected = expected_attention(rounds, 0.6, strata)
@@ -304,7 +306,9 @@ def test_what_cannot_be_scored_keeps_its_attention() -> None:
     raw = 1 + 4 * np.where(np.isnan(first), 0.5, first)
     np.testing.assert_allclose(attention.weights(data.sample_ids), raw / raw.mean(), rtol=1e-6)
     assert not attention.hard([data.sample_ids[i] for i in (3, 5, 7)]).any()
-    stages = dict(zip(*(attention.errors[c].to_pylist() for c in ("sample_id", "stage")), strict=True))
+    stages = dict(
+        zip(*(attention.errors[c].to_pylist() for c in ("sample_id", "stage")), strict=True)
+    )
     assert stages == {data.sample_ids[3]: "read", data.sample_ids[5]: "image"}
     data.bad = {9: OSError("gone")}
     change(model, 2)
@@ -404,7 +408,10 @@ def test_turns() -> None:
         ({"per": "sex"}, "`per` to be None, 'label'"),
         ({"per": [1, 2]}, "`per` to have a value for each of the 61 samples.*of 2"),
         ({"score": lambda out, labels: out.dense}, r"one number a sample"),
-        ({"score": lambda out, labels: [1.0]}, "one number for each sample of the batch, but got 1"),
+        (
+            {"score": lambda out, labels: [1.0]},
+            "one number for each sample of the batch, but got 1",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_at_once(options: dict[str, Any], message: str) -> None:
