@@ -91,7 +91,7 @@ def test_how_to_attend_may_change_and_what_was_mined_may_not() -> None:
         other = Attention(model, data(), backend="reference", **OPTIONS, **options)
         with pytest.raises(FastpieError, match=message):
             other.load_state_dict(state)
-    with pytest.raises(FastpieError, match="the state of an Attention made .* data: '50 samples"):
+    with pytest.raises(FastpieError, match=r"the state of an Attention made .* data: '50 samples"):
         Attention(model, data(49), backend="reference", **OPTIONS).load_state_dict(state)
     with pytest.raises(FastpieError, match="format 'fastpie-attention-1', but got None"):
         attention.load_state_dict({})
