@@ -27,7 +27,7 @@ from fastpie.training.attention import Attention
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
-    "no guard": {"guard": None},
+    "guard of the dense model": {"guard": "margin"},
     "probe": {"guard": "probe"},
     "ladder": {"sparsity": [0.1, 0.3, 0.5, 0.7]},
     "bf16": {"precision": "bf16"},

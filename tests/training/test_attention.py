@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -82,14 +83,24 @@ def test_attention_is_the_formula_over_three_minings(sparsity: Any, per: Any) ->
     np.testing.assert_allclose(by_index(attention, "weight", data), weights, rtol=1e-6)
 
 
-def test_the_engine_gives_what_two_passes_give() -> None:
+def test_the_engine_gives_what_two_passes_give_and_one_where_the_dense_model_is_not_needed() -> (
+    None
+):
     model, data = Small(), labelled()
-    scores = []
-    for backend in ("auto", "reference"):
-        attention = Attention(model, data, **{**REFERENCE, "backend": backend})
-        attention.step(0)
+    start = copy.deepcopy(model.state_dict())
+    scores: list[np.ndarray] = []
+    for options in ({"guard": "margin"}, {"guard": None}, {"backend": "reference"}):
+        attention = Attention(model, data, **{**REFERENCE, "backend": "auto", **options})
+        change(model, 0)
+        for epoch in range(2):  # compiled, refreshed
+            change(model, epoch)
+            attention.step(epoch)
         scores.append(attention.table()["score"].to_numpy())
-    np.testing.assert_allclose(scores[0], scores[1], rtol=1e-3, atol=1e-4)
+        steps = attention.state_dict()["plan"].get("passes", ())
+        assert len(steps) == (2 if options.get("guard") else 1 if "backend" not in options else 0)
+        model.load_state_dict(start)
+    np.testing.assert_allclose(scores[0], scores[2], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(scores[1], scores[2], rtol=1e-3, atol=1e-4)
 
 
 def test_ways_to_attend() -> None:
@@ -149,7 +160,9 @@ def test_what_is_most_in_doubt_is_left_out(guard: str) -> None:
         "probe": -probe_margins(out.features.dense.numpy(), labels, 3),
         "function": out.dense[:, 0].numpy(),
         "array": doubts,
-    }.get(guard, -margin(out.dense, data.labels).numpy())
+        "margin": -margin(out.dense, data.labels).numpy(),
+        "auto": -margin(out.pruned, data.labels).numpy(),
+    }[guard]
     groups = labels if guard in ("auto", "margin", "probe") else np.zeros(COUNT)
     expected = np.zeros(COUNT, bool)
     for group in np.unique(groups):
@@ -403,7 +416,7 @@ def test_turns() -> None:
         ({"doubtful": 1}, r"`doubtful` in \[0, 1\)"),
         ({"warmup": 0}, "`warmup` to be an int of at least 1"),
         ({"every": 2.5}, "`every` to be an int of at least 1"),
-        ({"guard": "loss"}, "`guard` to be 'auto'"),
+        ({"guard": "loss"}, r"`guard` to be one of \('auto', 'margin'"),
         ({"guard": [1.0, 2.0]}, r"`guard` of shape \[61\]"),
         ({"per": "sex"}, "`per` to be None, 'label'"),
         ({"per": [1, 2]}, "`per` to have a value for each of the 61 samples.*of 2"),

@@ -81,14 +81,16 @@ def test_margin_of_several_labels_is_that_of_the_class_least_spoken_for() -> Non
     labels = torch.randint(2, (8, 5)).float()
     labels[0, 2], labels[3] = torch.nan, torch.nan
     scoring = Scoring("js", "multilabel", is_ladder=False, labelled=True, output=None)
-    found = scoring(DualOutput(dense, dense, None), labels, lambda: ()).margin
-    for i in range(8):
-        known = [
-            float(dense[i, c] if labels[i, c] == 1 else -dense[i, c])
-            for c in range(5)
-            if not labels[i, c].isnan()
-        ]
-        assert found[i] == pytest.approx(min(known)) if known else np.isnan(found[i])
+    pruned = torch.randn(8, 5)
+    margins = scoring(DualOutput(dense, pruned, None), labels, lambda: ()).margins
+    for name, logits in (("margin", dense), ("margin_pruned", pruned)):
+        for i, found in enumerate(margins[name]):
+            known = [
+                float(logits[i, c] if labels[i, c] == 1 else -logits[i, c])
+                for c in range(5)
+                if not labels[i, c].isnan()
+            ]
+            assert found == pytest.approx(min(known)) if known else np.isnan(found)
 
 
 @pytest.mark.parametrize("classes", [1, 3])

@@ -85,7 +85,7 @@ def test_how_to_attend_may_change_and_what_was_mined_may_not() -> None:
         ({"score": "js"}, "score: 'margin_pruned' in the state, 'js' now"),
         ({"sparsity": 0.3}, "sparsities"),
         ({"per": "label"}, "per: None in the state"),
-        ({"guard": None}, "guard: 'margin' in the state"),
+        ({"guard": None}, "guard: 'margin_pruned' in the state"),
         ({"momentum": 0.1}, "momentum"),
     ):
         other = Attention(model, data(), backend="reference", **OPTIONS, **options)

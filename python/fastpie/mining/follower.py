@@ -61,6 +61,17 @@ class Follower:
         self.device = _place(device, self._model)
         private = _private(self._model, self.device)
         self.dual = DualModel(private, masks, named if features else None).eval()
+        self._alone: DualModel | None = None
+
+    def leave_out_dense(self) -> None:
+        """Let the engine run the pruned model alone, which then is both of its outputs.
+
+        Half the work where no more is wanted: an engine runs models that are the same once. For
+        masks of one level; features are not given.
+        """
+        plain = copy.deepcopy(self.dual.model)
+        self._alone = DualModel(plain, prune(plain, 0.0, **self._rule)).eval()
+        self._engine = None
 
     def watch_stages(self, example: tuple[Any, ...]) -> None:
         """Give the features of the early stages from now on."""
@@ -114,6 +125,8 @@ class Follower:
                 self._engine = self._compile(example)
             return self._engine.plan
 
+        if self._alone is not None:
+            self._harden(self._alone)
         if self._engine is not None:
             self._engine.refresh()
         self.plan = ranks.first(chosen)
@@ -126,7 +139,16 @@ class Follower:
         self.plan, self._engine = plan, None
 
     def _compile(self, example: tuple[Any, ...]) -> DualEngine:
-        return self.dual.compile(example, plan=self.plan, **self._options)
+        dual = self._alone or self.dual
+        return dual.compile(example, plan=self.plan, **self._options)
+
+    def _harden(self, alone: DualModel) -> None:
+        """Make the pruned model's weights and statistics those of a plain model."""
+        own = _tensors(alone.model)
+        _copy(_tensors(self.dual.model), own)
+        pruned = self.dual.pruned_state(0)  # by every place of a shared weight
+        _copy({name: pruned[name] for name in pruned.keys() & own.keys()}, own)
+        _copy(statistics_of(alone.model), alone.statistics(0))
 
 
 def trained(

@@ -140,6 +140,10 @@ class Rescan:
         with _apart(self.follower.device):
             self.follower.watch_stages(self._example)
 
+    def leave_out_dense(self) -> None:
+        """Run the pruned model alone from now on: what is accounted for has its outputs twice."""
+        self.follower.leave_out_dense()
+
     # ------------------------------------------------------------------ a pass
 
     def run(

@@ -134,15 +134,17 @@ class Attention:
                 "oversample": `draw_weights` in proportion to 1 + strength * S, and weights are 1;
                 "consistency": weights are 1, and `hard` is for a `Consistency` objective.
             strength: at least 0.
-            guard: "margin": labels whose margin of the dense model is lowest within their class, by
-                ranks with the same momentum (AUM, arXiv 2001.10528, of the epochs mined); of several
-                labels the class that the model speaks for least. "probe": the margin of a
+            guard: "margin", "margin_pruned": labels whose margin of the dense or the pruned model is
+                lowest within their class, by ranks with the same momentum (after AUM, arXiv 2001.10528);
+                of several labels the class that the model speaks for least. "probe": the margin of a
                 leave-one-out ridge probe on features (`fastpie.analysis.probe`), those that the
                 DualModel names, else of the early stages; what found most wrong labels in
                 docs/design/quality.md; it keeps the features of all samples on rank 0 in memory. A
                 function as `score`, or an array in the order of the data set, of doubts (higher = more
-                doubtful), compared over all samples. None for none. "auto": "margin" where there are
-                labels of classes, else None.
+                doubtful), compared over all samples. None for none. "auto": where there are labels of
+                classes "margin_pruned" for scores of the pruned model alone ("margin_pruned" and
+                "loss_pruned", which then are mined without the dense model, in half the time), "margin"
+                for others; else None.
             doubtful: the fraction of each class that is most in doubt, in [0, 1), rounded down, so that a
                 class of a few samples loses none.
             doubtful_weight: of these, before the scaling to a mean of 1: 0 leaves them out, 1 counts them as
@@ -197,7 +199,7 @@ class Attention:
             labelled=sweep.kind.label is not None,
             output=output,
         )
-        self._guard = Guard(guard, of_classes=self._scoring.of_classes, order=self._plan.order)
+        self._guard = Guard(guard, self._scoring, self._plan.order)
         self._per = per if isinstance(per, str) else None
         self._strata = self._strata_of(per)
         count = len(self._plan)
@@ -209,6 +211,8 @@ class Attention:
         self._rescan.try_out(lambda batch, out: self._account(trial, batch, out))
         if self._guard.name == "probe" and dual.feature_module is None:
             self._rescan.watch_stages()
+        if not (self._scoring.needs_dense or self._guard.needs_dense or dual.is_ladder):
+            self._rescan.leave_out_dense()
         self._config = {
             "score": self._scoring.name,
             "task": task,

@@ -36,6 +36,7 @@ _LABELLED = {
     "segmentation": _LOSSES,
     "embedding": (),
 }
+_OF_PRUNED = ("margin_pruned", "loss_pruned")
 _NEGATED = ("margin_pruned", "margin_dense")
 
 
@@ -45,13 +46,14 @@ class BatchScores:
 
     Attributes:
         hardness: fp64 [B], higher = harder; NaN where it is unknown.
-        margin: fp64 [B], how far the dense model speaks for the label; NaN for an unknown label; None
-            without labels. Several labels: that of the class it speaks for least.
+        margins: fp64 [B], how far the dense ("margin") and the pruned model ("margin_pruned") speak for
+            the label; NaN for an unknown label. Several labels: of the class it speaks for least. Empty
+            without labels of classes.
         labels: int64 [B], -1 unknown, or fp32 [B, C] of 1, 0, NaN; None without.
     """
 
     hardness: np.ndarray
-    margin: np.ndarray | None
+    margins: dict[str, np.ndarray]
     labels: np.ndarray | None
 
 
@@ -62,6 +64,7 @@ class Scoring:
         name: of the score.
         task: "multiclass", "multilabel", "segmentation" or "embedding".
         of_classes: whether there are labels of classes, and so margins.
+        needs_dense: whether the pruned model's outputs are not enough.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Scoring:
         self.name = _name(score)
         self.task = task
         self.of_classes = labelled and task in ("multiclass", "multilabel")
+        self.needs_dense = self.name not in _OF_PRUNED
         self._is_ladder = is_ladder
         self._labelled = labelled
         self._output = output
@@ -114,7 +118,8 @@ class Scoring:
         Raises:
             FastpieError: for outputs or labels that the task does not have.
         """
-        margin = targets = hardness = None
+        margins: dict[str, Tensor] = {}
+        targets = hardness = None
         if self.of_classes or self._own is None:
             dense, pruned = self._logits(out)
             if self.of_classes:
@@ -122,7 +127,7 @@ class Scoring:
             if self.task in ("multiclass", "multilabel"):
                 scores = _class_scores(dense, pruned, targets, self.task)
                 if targets is not None:
-                    margin = _margins(dense, targets, self.task, scores)
+                    margins = _margins(dense, pruned, targets, self.task, scores)
             else:
                 scores = self._other_scores(dense, pruned, labels)
             if self.name != RANDOM and self._own is None:
@@ -138,7 +143,7 @@ class Scoring:
             hardness = torch.where(finite.isnan(), torch.nan, 0.0).double()
         return BatchScores(
             hardness.cpu().numpy(),
-            None if margin is None else margin.cpu().numpy(),
+            {name: margin.cpu().numpy() for name, margin in margins.items()},
             None if targets is None else targets.cpu().numpy(),
         )
 
@@ -308,9 +313,23 @@ def _class_scores(
     return scores
 
 
-def _margins(dense: Tensor, targets: Tensor, task: str, scores: dict[str, Tensor]) -> Tensor:
+def _margins(
+    dense: Tensor, pruned: Tensor, targets: Tensor, task: str, scores: dict[str, Tensor]
+) -> dict[str, Tensor]:
     if task == "multiclass":
-        return scores["margin_dense"][0].double()
-    signed = (2 * targets - 1) * dense.float()  # label_margins of fastpie.analysis.doubt
-    lowest = torch.where(targets.isnan(), torch.inf, signed).amin(1).double()
-    return torch.where(lowest.isinf(), torch.nan, lowest)
+        return {
+            "margin": scores["margin_dense"][0].double(),
+            "margin_pruned": scores["margin_pruned"].double().mean(0),
+        }
+
+    def lowest(
+        logits: Tensor,
+    ) -> Tensor:  # `label_margins` of fastpie.analysis, of the lowest class
+        signed = (2 * targets - 1) * logits.double()
+        margin = torch.where(targets.isnan(), torch.inf, signed).amin(1)
+        return torch.where(margin.isinf(), torch.nan, margin)
+
+    return {
+        "margin": lowest(dense),
+        "margin_pruned": torch.stack([lowest(level) for level in pruned]).mean(0),
+    }

@@ -17,38 +17,42 @@ from fastpie.training.strata import rarest_positive
 
 __all__ = ["Findings", "Guard"]
 
+_BY_NAME = ("margin", "margin_pruned", "probe")
+
 
 class Guard:
     """How labels are doubted; see `Attention`.
 
     Attributes:
-        name: "margin", "probe", "function", "given" or None.
+        name: "margin", "margin_pruned", "probe", "function", "given" or None.
         by_class: whether doubt is compared within classes: a rare class has low margins altogether.
+        needs_dense: whether the pruned model's outputs are not enough.
     """
 
-    def __init__(self, guard: Any, *, of_classes: bool, order: np.ndarray) -> None:
+    def __init__(self, guard: Any, scoring: Scoring, order: np.ndarray) -> None:
         """Check a guard.
 
         Args:
             guard: what the user gave.
-            of_classes: whether the data set has labels of classes.
+            scoring: what the samples are scored by.
             order: index in the data set of each position.
 
         Raises:
             FastpieError: for one that there is not, or that needs labels.
         """
         if isinstance(guard, str) and guard == "auto":
-            guard = "margin" if of_classes else None
+            guard = "margin" if scoring.needs_dense else "margin_pruned"
+            guard = guard if scoring.of_classes else None
         self.function: Callable[..., Any] | None = None
         self.given: np.ndarray | None = None
         if guard is None or isinstance(guard, str):
             self.name = guard
-            if guard not in (None, "margin", "probe"):
+            if guard not in (None, *_BY_NAME):
                 raise FastpieError(
-                    "Expected `guard` to be 'auto', 'margin', 'probe', None, a function or an array, "
-                    f"but got {guard!r}."
+                    f"Expected `guard` to be one of {('auto', *_BY_NAME)}, None, a function or an "
+                    f"array, but got {guard!r}."
                 )
-            if guard is not None and not of_classes:
+            if guard is not None and not scoring.of_classes:
                 raise FastpieError(
                     f"Expected labels of classes for the guard {guard!r}, but there are none: pass a "
                     "function or an array of doubts, or None."
@@ -64,7 +68,8 @@ class Guard:
                     f"the data set, but got {list(values.shape)}."
                 )
             self.given = values[order]
-        self.by_class = self.name in ("margin", "probe")
+        self.by_class = self.name in _BY_NAME
+        self.needs_dense = self.name not in ("margin_pruned", "given", None)
         self.takes_images = self.function is not None and takes_images(self.function)
 
 
@@ -103,9 +108,8 @@ class Findings:
             known = labels >= 0 if labels.ndim == 1 else (labels >= 0).any(1)
         if self._guard is None:
             pass
-        elif self._guard.name == "margin":
-            assert scores.margin is not None
-            self.doubt[positions] = -scores.margin[slots]
+        elif self._guard.name in scores.margins:
+            self.doubt[positions] = -scores.margins[self._guard.name][slots]
         elif self._guard.name == "probe":
             assert out.features is not None
             features = out.features.dense
