@@ -33,9 +33,6 @@ _T = TypeVar("_T")
 Account = Callable[[Batch, DualOutput], tuple[list[int], list[Problem]]]
 """Takes what it wants of a batch; the positions that it could use, and why others not."""
 
-# A quarter of what `mine` takes: it is run through every level each time, in plain PyTorch.
-_RECALIBRATION_SAMPLES = 512
-
 
 class Rescan:
     """Runs a data set through a private copy of the model, pruned anew, whenever it is asked to.
@@ -57,6 +54,7 @@ class Rescan:
         sparsity: float | Sequence[float],
         *,
         features: bool,
+        recalibrated_from: Callable[[int], int],
         batch_size: int | None,
         num_workers: int | None,
         read_timeout: float | None,
@@ -72,6 +70,8 @@ class Rescan:
             data: likewise.
             sparsity: for a model that is no DualModel.
             features: whether to give those that a DualModel names.
+            recalibrated_from: of so many samples, how many BatchNorm statistics are taken from; they are
+                run through every level each time, in plain PyTorch.
             batch_size: as for `mine`.
             num_workers: as for `mine`.
             read_timeout: as for `mine`.
@@ -92,6 +92,7 @@ class Rescan:
         self._options = {"precision": precision, "backend": backend}
         with _apart(self.follower.device):
             self.sweep = Sweep(self._reader, self.follower.device, sample_ids)
+        self._recalibrated_from = recalibrated_from(len(self.sweep.plan))
         self.errors: dict[int, tuple[str, str, int]] = {}
         self._example: tuple[Any, ...] = ()
 
@@ -165,7 +166,7 @@ class Rescan:
                 stay as they were.
         """
         with _apart(self.follower.device):
-            self.follower.follow(ranks, lambda: self.sweep.subset(_RECALIBRATION_SAMPLES))
+            self.follower.follow(ranks, lambda: self.sweep.subset(self._recalibrated_from))
             engine = self.follower.refresh(ranks, self._example)
             used: list[int] = []
             problems: list[Problem] = []

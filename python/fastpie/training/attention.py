@@ -45,7 +45,7 @@ class Attention:
             attention.step(epoch)
 
     After a warm-up, every few epochs, a private copy of the model is pruned, the BatchNorm statistics
-    of the pruned model are taken from 512 samples, and every sample gets a score g of the dense and the
+    of the pruned model are taken from an eighth of the samples (128 to 512), and every sample gets a score g of the dense and the
     pruned model in eval mode, higher = harder. With the momentum b its *attention* is
 
         S = b S + (1 - b) rank01(g)
@@ -179,6 +179,7 @@ class Attention:
             model,
             data,
             sparsity,
+            recalibrated_from=_recalibrated_from,
             features=callable(score)
             or callable(guard)
             or (isinstance(guard, str) and guard == "probe"),
@@ -441,6 +442,11 @@ class Attention:
         else:
             self._hard = self._in_doubt = np.zeros(len(self._plan), bool)
             self._weights = np.ones(len(self._plan))
+
+
+def _recalibrated_from(samples: int) -> int:
+    """An eighth, which costs a small data set as little as the rest of a mining."""
+    return min(512, max(128, samples // 8))
 
 
 def _listed(ids: Sequence[Any] | Tensor) -> Sequence[Any]:
