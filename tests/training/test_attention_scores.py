@@ -14,7 +14,8 @@ from torch.nn import functional
 from attending import margin
 from fastpie import FastpieError
 from fastpie.dual.output import DualOutput
-from fastpie.training.attention_scores import Scoring, segmentation_loss
+from fastpie.training.attention_scores import Scoring
+from fastpie.training.segmentation_loss import segmentation_loss
 
 
 def scored(

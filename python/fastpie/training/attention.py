@@ -20,15 +20,14 @@ from fastpie.errors import FastpieError
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Batch, Problem
 from fastpie.mining.rescan import Rescan, check_same
+from fastpie.training.attended import ATTEND, Attended, Rule
 from fastpie.training.attention_scores import RANDOM, Scoring
 from fastpie.training.findings import Findings, Guard
-from fastpie.training.strata import codes_of, rank01, top
+from fastpie.training.strata import codes_of
 
 __all__ = ["Attention"]
 
 _FORMAT = "fastpie-attention-1"
-_ATTEND = ("soft", "weights", "oversample", "consistency")
-_COLUMNS = ("score", "rank", "attention", "doubt")  # fp64 [N], by position
 
 
 class Attention:
@@ -45,8 +44,9 @@ class Attention:
             attention.step(epoch)
 
     After a warm-up, every few epochs, a private copy of the model is pruned, the BatchNorm statistics
-    of the pruned model are taken from an eighth of the samples (128 to 512), and every sample gets a score g of the dense and the
-    pruned model in eval mode, higher = harder. With the momentum b its *attention* is
+    of the pruned model are taken from an eighth of the samples (128 to 512), and every sample gets a
+    score g of the dense and the pruned model in eval mode, higher = harder. With the momentum b its
+    *attention* is
 
         S = b S + (1 - b) rank01(g)
 
@@ -163,18 +163,21 @@ class Attention:
         Raises:
             FastpieError: for unusable arguments, data or outputs.
         """
+        if attend not in ATTEND:
+            raise FastpieError(f"Expected `attend` to be one of {ATTEND}, but got {attend!r}.")
         self.attend = attend
         self.epochs: list[int] = []
         self._warmup = _at_least("warmup", warmup, 1)
         self._every = _at_least("every", every, 1)
         self._seed = _at_least("seed", seed, 0)
-        if attend not in _ATTEND:
-            raise FastpieError(f"Expected `attend` to be one of {_ATTEND}, but got {attend!r}.")
-        self._momentum = _within("momentum", momentum, 0, 1, below=True)
-        self._fraction = _within("fraction", fraction, 0, 1)
-        self._strength = _within("strength", strength, 0, np.inf, below=True)
-        self._doubtful = _within("doubtful", doubtful, 0, 1, below=True)
-        self._doubtful_weight = _within("doubtful_weight", doubtful_weight, 0, np.inf, below=True)
+        rule = Rule(
+            momentum=_within("momentum", momentum, 0, 1, below=True),
+            fraction=_within("fraction", fraction, 0, 1),
+            attend=attend,
+            strength=_within("strength", strength, 0, np.inf, below=True),
+            doubtful=_within("doubtful", doubtful, 0, 1, below=True),
+            doubtful_weight=_within("doubtful_weight", doubtful_weight, 0, np.inf, below=True),
+        )
         self._rescan = Rescan(
             model,
             data,
@@ -201,13 +204,15 @@ class Attention:
             output=output,
         )
         self._guard = Guard(guard, self._scoring, self._plan.order)
-        self._per = per if isinstance(per, str) else None
-        self._strata = self._strata_of(per)
+        strata = self._strata_of(per)
         count = len(self._plan)
-        self._state = {name: np.full(count, np.nan) for name in _COLUMNS}
-        self._classes = np.full(count, -1, np.int64)
-        self._hard = self._in_doubt = np.zeros(count, bool)
-        self._weights = np.ones(count)
+        self._attended = Attended(
+            count,
+            rule,
+            strata=strata,
+            by_label=isinstance(per, str),
+            doubt_by_class=self._guard.by_class,
+        )
         trial = Findings(count, self._scoring, None)  # there are no features yet
         self._rescan.try_out(lambda batch, out: self._account(trial, batch, out))
         if self._guard.name == "probe" and dual.feature_module is None:
@@ -217,8 +222,8 @@ class Attention:
         self._config = {
             "score": self._scoring.name,
             "task": task,
-            "momentum": self._momentum,
-            "per": self._per if self._strata is None else _digest(self._strata),
+            "momentum": rule.momentum,
+            "per": per if strata is None else hashlib.sha256(strata.tobytes()).hexdigest(),
             "guard": self._guard.name,
             "seed": self._seed,
             "output": output,
@@ -279,7 +284,11 @@ class Attention:
             findings.merge([share for _, share in shares], ranks)
         finally:
             ranks.close()
-        self._take(findings)
+        score = findings.hardness
+        if self._scoring.name == RANDOM:
+            numbers = np.random.default_rng(self._seed).random(len(score))
+            score = np.where(np.isnan(score), np.nan, numbers)
+        self._attended.take(score, findings.doubt, findings.classes())
         self.epochs = [*self.epochs, epoch]
         return True
 
@@ -287,50 +296,6 @@ class Attention:
         self, findings: Findings, batch: Batch, out: DualOutput
     ) -> tuple[list[int], list[Problem]]:
         return findings.account(batch, out, lambda: self._rescan.sweep.arguments(batch.images))
-
-    def _take(self, findings: Findings) -> None:
-        """The new attention, from scores and doubts of one pass."""
-        state = self._state
-        found = findings.classes()
-        if found is not None:
-            self._classes = np.where(found >= 0, found, self._classes)
-        score = findings.hardness
-        if self._scoring.name == RANDOM:
-            generator = np.random.default_rng(self._seed)
-            score = np.where(np.isnan(score), np.nan, generator.random(len(score)))
-        rank = rank01(score, self._classes if self._per == "label" else self._strata)
-        doubt = rank01(findings.doubt, self._classes if self._guard.by_class else None)
-        self._state = {
-            "score": np.where(np.isnan(score), state["score"], score),
-            "rank": np.where(np.isnan(rank), state["rank"], rank),
-            "attention": self._averaged(state["attention"], rank),
-            "doubt": self._averaged(state["doubt"], doubt),
-        }
-        self._derive()
-
-    def _averaged(self, before: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """S = b S + (1 - b) rank; the first time the rank; without one as before."""
-        mixed = self._momentum * before + (1 - self._momentum) * new
-        return np.where(np.isnan(new), before, np.where(np.isnan(before), new, mixed))
-
-    def _derive(self) -> None:
-        """Who is hard, who is in doubt and what each weighs, from the state."""
-        attention, doubt = self._state["attention"], self._state["doubt"]
-        by_label = self._per == "label"
-        self._in_doubt = top(doubt, self._doubtful, self._classes if self._guard.by_class else None)
-        self._hard = top(
-            np.where(self._in_doubt, np.nan, attention),
-            self._fraction,
-            self._classes if by_label else self._strata,
-            at_least=int(by_label or self._strata is not None) if self._fraction else 0,
-        )
-        weights = np.ones(len(attention))
-        if self.attend == "weights":
-            weights += self._strength * self._hard
-        elif self.attend != "consistency":
-            weights += self._strength * np.nan_to_num(attention, nan=0.5)
-        weights[self._in_doubt] = self._doubtful_weight
-        self._weights = weights / weights.mean()
 
     # ------------------------------------------------------------------ what to attend to
 
@@ -351,14 +316,14 @@ class Attention:
         found = self._plan.find(_listed(ids))
         weights = torch.ones(len(found))
         if self.attend != "oversample":
-            weights = torch.from_numpy(self._weights[found]).float()
+            weights = torch.from_numpy(self._attended.weights[found]).float()
         return weights.to(device)
 
     def hard(
         self, ids: Sequence[Any] | Tensor, device: str | torch.device | None = None
     ) -> Tensor:  # bool [n]
         """Which samples are hard to learn (HTL); arguments and errors as of `weights`."""
-        return torch.from_numpy(self._hard[self._plan.find(_listed(ids))]).to(device)
+        return torch.from_numpy(self._attended.hard[self._plan.find(_listed(ids))]).to(device)
 
     def draw_weights(self) -> np.ndarray | None:  # fp64 [N], in the order of the data set
         """Probabilities to draw the samples of an epoch with, for "oversample"; they sum to 1.
@@ -368,8 +333,8 @@ class Attention:
         """
         if self.attend != "oversample" or not self.epochs:
             return None
-        weights = np.empty(len(self._weights))
-        weights[self._plan.order] = self._weights / self._weights.sum()
+        weights = np.empty(len(self._plan))
+        weights[self._plan.order] = self._attended.weights / self._attended.weights.sum()
         return weights
 
     def table(self) -> pa.Table:
@@ -390,12 +355,12 @@ class Attention:
         columns = {
             "sample_id": self._plan.sample_ids.array,
             **{
-                name: pa.array(self._state[name], from_pandas=True)
+                name: pa.array(getattr(self._attended, name), from_pandas=True)
                 for name in ("score", "rank", "attention")
             },
-            "hard": self._hard,
-            "doubtful": self._in_doubt,
-            "weight": self._weights,
+            "hard": self._attended.hard,
+            "doubtful": self._attended.in_doubt,
+            "weight": self._attended.weights,
         }
         return pa.table(columns).replace_schema_metadata({"score": self._scoring.name})
 
@@ -414,8 +379,7 @@ class Attention:
             "epochs": list(self.epochs),
             "plan": copy.deepcopy(self._rescan.follower.plan),
             "errors": self._rescan.error_state(),
-            "classes": torch.from_numpy(self._classes.copy()),
-            **{name: torch.from_numpy(values.copy()) for name, values in self._state.items()},
+            **self._attended.state(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -435,13 +399,7 @@ class Attention:
         self.epochs = list(state["epochs"])
         self._rescan.follower.take_plan(copy.deepcopy(state["plan"]))
         self._rescan.load_error_state(state["errors"])
-        self._classes = state["classes"].cpu().numpy().copy()
-        self._state = {name: state[name].cpu().numpy().copy() for name in _COLUMNS}
-        if self.epochs:
-            self._derive()
-        else:
-            self._hard = self._in_doubt = np.zeros(len(self._plan), bool)
-            self._weights = np.ones(len(self._plan))
+        self._attended.load(state, mined=bool(self.epochs))
 
 
 def _recalibrated_from(samples: int) -> int:
@@ -451,10 +409,6 @@ def _recalibrated_from(samples: int) -> int:
 
 def _listed(ids: Sequence[Any] | Tensor) -> Sequence[Any]:
     return ids.tolist() if isinstance(ids, Tensor) else ids
-
-
-def _digest(codes: np.ndarray) -> str:
-    return hashlib.sha256(codes.tobytes()).hexdigest()
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

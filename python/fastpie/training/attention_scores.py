@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastpie import ops
 from fastpie.dual.output import DualOutput
@@ -18,8 +17,9 @@ from fastpie.errors import FastpieError
 from fastpie.ops.disagreement import SCORES
 from fastpie.scores.disagreement import TASKS
 from fastpie.training.objective import entry_of
+from fastpie.training.segmentation_loss import segmentation_loss
 
-__all__ = ["RANDOM", "BatchScores", "Scoring", "segmentation_loss"]
+__all__ = ["RANDOM", "BatchScores", "Scoring", "per_sample", "takes_images", "unpacked"]
 
 RANDOM = "random"
 
@@ -131,7 +131,7 @@ class Scoring:
             else:
                 scores = self._other_scores(dense, pruned, labels)
             if self.name != RANDOM and self._own is None:
-                value = scores[self.name].double().mean(0)  # over the levels
+                value = scores[self.name].cpu().double().mean(0)  # over the levels
                 hardness = -value if self.name in _NEGATED else value
         if self._own is not None:
             arguments = (
@@ -140,10 +140,10 @@ class Scoring:
             hardness = per_sample(self._own(*arguments), "score")
         if hardness is None:  # random: of what could be scored
             finite = next(iter(scores.values()))[0]
-            hardness = torch.where(finite.isnan(), torch.nan, 0.0).double()
+            hardness = torch.where(finite.isnan(), torch.nan, 0.0).cpu().double()
         return BatchScores(
-            hardness.cpu().numpy(),
-            {name: margin.cpu().numpy() for name, margin in margins.items()},
+            hardness.numpy(),
+            {name: margin.numpy() for name, margin in margins.items()},
             None if targets is None else targets.cpu().numpy(),
         )
 
@@ -173,73 +173,13 @@ class Scoring:
         return scores
 
 
-def segmentation_loss(
-    logits: Tensor,  # [N, C, ...]
-    masks: Any,  # integers [N, ...] or [N, 1, ...]; or [N, C, ...] of 0, 1
-) -> Tensor:  # fp32 [N]
-    """Cross-entropy plus 1 - soft Dice of the foreground, image by image.
-
-    What nnU-Net is trained with (Isensee et al., Nature Methods 18, 2021), of one image at a time:
-    the mean over the known pixels of the cross-entropy, plus
-    `1 - (2 sum p t + 1) / (sum p + sum t + 1)`, sums over pixels and classes. With C == 1 a logit is
-    that of the foreground, else class 0 is the background and takes no part in the sums.
-
-    Args:
-        logits: of any floating dtype.
-        masks: class indices (of C == 1: 0 and 1), below 0 or NaN where unknown; or one channel a class.
-
-    Returns:
-        NaN for an image without a known pixel or with outputs that are not numbers.
-
-    Raises:
-        FastpieError: for masks of another shape.
-    """
-    if not isinstance(masks, Tensor):
-        raise FastpieError(
-            f"Expected masks that collate to a tensor, but got {type(masks).__name__}."
-        )
-    z = logits.float().flatten(2)  # [N, C, P]
-    target = masks.as_subclass(Tensor).detach().to(z.device)
-    count, classes, pixels = z.shape
-    spatial = logits.shape[2:]
-    if target.shape == logits.shape and classes > 1:
-        t = target.float().flatten(2)
-        known = ~t.isnan().any(1) & (t >= 0).all(1)
-        t = torch.where(known[:, None], t, 0.0)
-    elif target.shape in ((count, *spatial), (count, 1, *spatial)):
-        index = target.double().reshape(count, pixels)
-        known = (index >= 0) & (index < max(classes, 2)) & (index == index.floor())
-        index = torch.where(known, index, 0.0).long()
-        t = (
-            index.float()[:, None]
-            if classes == 1
-            else functional.one_hot(index, classes).transpose(1, 2).float()
-        )
-    else:
-        raise FastpieError(
-            f"Expected masks of shape {[count, *spatial]}, {[count, 1, *spatial]} or that of the "
-            f"outputs, {list(logits.shape)}, but got {list(target.shape)}."
-        )
-    weight = known.float()
-    if classes == 1:
-        entropy = functional.binary_cross_entropy_with_logits(z, t, reduction="none")[:, 0]
-        p = z.sigmoid()
-    else:
-        log_p = z.log_softmax(1)
-        entropy = -(t * log_p).sum(1)
-        p, t = log_p[:, 1:].exp(), t[:, 1:]
-    t, p = t * weight[:, None], p * weight[:, None]
-    dice = (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)
-    return (entropy * weight).sum(1) / weight.sum(1) + 1 - dice  # 0 / 0: NaN
-
-
 def per_sample(value: Any, what: str) -> Tensor:  # fp64 [B]
     """What a user's function returned for a batch.
 
     Raises:
         FastpieError: if it is not one number a sample.
     """
-    values = torch.as_tensor(value).detach().as_subclass(Tensor)
+    values = torch.as_tensor(value).detach().as_subclass(Tensor).cpu()
     if values.ndim != 1:
         raise FastpieError(
             f"Expected the function `{what}` to return one number a sample, [n], but got shape "
@@ -318,16 +258,16 @@ def _margins(
 ) -> dict[str, Tensor]:
     if task == "multiclass":
         return {
-            "margin": scores["margin_dense"][0].double(),
-            "margin_pruned": scores["margin_pruned"].double().mean(0),
+            "margin": scores["margin_dense"][0].cpu().double(),
+            "margin_pruned": scores["margin_pruned"].cpu().double().mean(0),
         }
 
     def lowest(
         logits: Tensor,
     ) -> Tensor:  # `label_margins` of fastpie.analysis, of the lowest class
-        signed = (2 * targets - 1) * logits.double()
+        signed = (2 * targets - 1) * logits.float()
         margin = torch.where(targets.isnan(), torch.inf, signed).amin(1)
-        return torch.where(margin.isinf(), torch.nan, margin)
+        return torch.where(margin.isinf(), torch.nan, margin).cpu().double()
 
     return {
         "margin": lowest(dense),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from fastpie.analysis.probe import probe_margins
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
 from fastpie.mining.ranks import Ranks
@@ -119,7 +118,7 @@ class Findings:
             arguments = [out, batch.labels]
             if self._guard.takes_images:
                 arguments.append(unpacked(images()))
-            doubt = per_sample(self._guard.function(*arguments), "guard").cpu().numpy()
+            doubt = per_sample(self._guard.function(*arguments), "guard").numpy()
             self.doubt[positions] = _of_slots(doubt, slots, "guard")
         scored = ~np.isnan(hardness)
         problems = [
@@ -163,6 +162,9 @@ class Findings:
         return rarest_positive(self.labels)
 
     def _probed(self, parts: Sequence[tuple[np.ndarray, np.ndarray | None]]) -> np.ndarray:
+        # Late: the analyses are not loaded with every training.
+        from fastpie.analysis.probe import probe_margins
+
         doubt = np.full(len(self.hardness), np.nan)
         there = [(places, features) for places, features in parts if features is not None]
         if not there or self.labels is None:
