@@ -142,6 +142,7 @@ def measured(
         "parts": {**parts, "sweep": mining - sum(parts.values()), "first_step": first},
         "baseline": f"{options.every} epochs of plain training",
         "baseline_seconds": {key: options.every * timings["epoch"][key] for key in ("p20", "p50", "p80")},
+        "ratio": round(five / mining, 2),
         "share": round(mining / five, 4),
     }  # fmt: skip
 
