@@ -14,7 +14,8 @@ from torch.utils.data import default_collate
 from fastpie.errors import FastpieError
 
 __all__ = [
-    "Batch", "Collate", "Kind", "Problem", "Sample", "label_kind", "parse_item", "reason_of", "shapes_of",
+    "Batch", "Collate", "Kind", "Problem", "Sample", "image_fault", "label_kind", "of_one_depth", "parse_item",
+    "reason_of", "shapes_of",
 ]  # fmt: skip
 
 
@@ -118,6 +119,27 @@ def label_kind(label: Any) -> list[int] | str | None:
     return type(label).__name__
 
 
+def image_fault(image: Any, *, raw: bool = False) -> str | None:
+    """Why an image cannot be used (no tensor, NaN, `raw` and not of whole numbers), or None."""
+    for array in _arrays(image):
+        try:
+            values = torch.as_tensor(array)
+        except (TypeError, ValueError) as error:  # big-endian arrays, arrays of objects
+            return reason_of(error)
+        if raw and values.dtype not in (torch.uint8, torch.uint16):
+            return (
+                "Expected `raw` to give an image of torch.uint8 or torch.uint16, but got "
+                f"{values.dtype}."
+            )
+        if values.is_floating_point() and not values.isfinite().all():
+            count = int((~values.isfinite()).sum())
+            return (
+                f"Expected finite values, but the image holds {count} NaN or infinite of "
+                f"{values.numel()}."
+            )
+    return None
+
+
 def _arrays(image: Any) -> list[Any]:
     if isinstance(image, Tensor | np.ndarray):  # twenty times as fast as a tree of one leaf
         return [image]
@@ -177,7 +199,7 @@ class Collate:
         items = [filler if problem else self._lean(item) for _, item, problem in reads]
         items += [filler] * (self.batch_size - len(items))
         if self.raw:
-            items = _of_one_depth(items)
+            items = of_one_depth(items)
         try:
             images, labels, _ = parse_item(self.collate(items))
         except Exception as error:
@@ -199,26 +221,9 @@ class Collate:
 
     def _problem(self, position: int, item: Any) -> Problem | None:
         sample = parse_item(item)
-        for array in _arrays(sample.image):
-            try:
-                values = torch.as_tensor(array)
-            except (TypeError, ValueError) as error:  # big-endian arrays, arrays of objects
-                return Problem(position, "image", reason_of(error))
-            if self.raw and values.dtype not in (torch.uint8, torch.uint16):
-                return Problem(
-                    position,
-                    "image",
-                    "Expected `raw` to give an image of torch.uint8 or torch.uint16, but got "
-                    f"{values.dtype}.",
-                )
-            if values.is_floating_point() and not values.isfinite().all():
-                count = int((~values.isfinite()).sum())
-                return Problem(
-                    position,
-                    "image",
-                    f"Expected finite values, but the image holds {count} NaN or infinite of "
-                    f"{values.numel()}.",
-                )
+        fault = image_fault(sample.image, raw=self.raw)
+        if fault is not None:
+            return Problem(position, "image", fault)
         if self.like.label is not None and label_kind(sample.label) != self.like.label:
             found = "none" if sample.label is None else _label_words(label_kind(sample.label))
             return Problem(
@@ -244,8 +249,12 @@ class Collate:
         return position, item, problem
 
 
-def _of_one_depth(items: list[Any]) -> list[Any]:
-    """Raw images of 8 bits widened to 16 where a batch has both: 257 * x / 65535 is x / 255."""
+def of_one_depth(items: list[Any]) -> list[Any]:
+    """Raw images of 8 bits widened to 16 where a batch has both: 257 * x / 65535 is x / 255.
+
+    Args:
+        items: tuples with the image first.
+    """
     images = [torch.as_tensor(image) for image, *_ in items]
     if len({image.dtype for image in images}) == 1:
         return items

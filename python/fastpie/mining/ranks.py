@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fastpie.errors import FastpieError
@@ -75,6 +76,15 @@ class Ranks:
         found: list[Any] | None = [None] * self.count if self.rank == 0 else None
         dist.gather_object(value, found, dst=0, group=self._group)
         return found or []
+
+    def sum(self, values: list[int]) -> list[int]:
+        """Sums over the processes, element by element: the cheapest of the exchanges."""
+        if self.count == 1:
+            return values
+        sums = torch.tensor(values)
+        dist.all_reduce(sums, group=self._group)
+        found: list[int] = sums.tolist()
+        return found
 
     def wait(self) -> None:
         """Until every process has come here."""

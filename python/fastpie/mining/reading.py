@@ -34,7 +34,7 @@ from fastpie.mining.loading import READ_TIMEOUT, load
 from fastpie.mining.plan import Plan, text_id
 
 __all__ = [
-    "Batch", "Kind", "Problem", "Reader", "Sample", "label_kind", "parse_item", "path_of", "shapes_of",
+    "Batch", "Kind", "Problem", "Reader", "Sample", "item_of", "label_kind", "parse_item", "path_of", "shapes_of",
 ]  # fmt: skip
 
 
@@ -238,7 +238,7 @@ class _Slots:
     def read(self, slot: tuple[int, int, str | None]) -> tuple[int, Any, Problem | None]:
         position, index, expected = slot
         try:
-            item = _item(self.dataset, index, self.raw)
+            item = item_of(self.dataset, index, self.raw)
             sample_id = parse_item(item).sample_id
         except Exception as error:
             return position, None, Problem(position, "read", _reason(error))
@@ -262,7 +262,7 @@ class _Function:
 
     def read(self, index: int) -> tuple[Any, str | None]:
         try:
-            return self.function(parse_item(_item(self.dataset, int(index), self.raw))), None
+            return self.function(parse_item(item_of(self.dataset, int(index), self.raw))), None
         except Exception as error:  # a data set is anybody's code
             return None, _reason(error)
 
@@ -273,7 +273,8 @@ class _Function:
         return reads
 
 
-def _item(dataset: Any, index: int, raw: bool) -> Any:
+def item_of(dataset: Any, index: int, raw: bool) -> Any:
+    """An item of a data set, raw or not, also behind `Subset`."""
     if not raw:
         return dataset[index]
     while type(dataset) is Subset:

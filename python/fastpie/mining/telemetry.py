@@ -18,7 +18,7 @@ import torch
 from fastpie._extras import load_extra
 from fastpie.errors import FastpieError
 
-__all__ = ["LOGS", "STAGES", "Telemetry"]
+__all__ = ["GPU_COLUMNS", "LOGS", "STAGES", "GpuMonitor", "Telemetry", "TensorBoardLog"]
 
 LOGS = ("csv", "tensorboard")
 """Where the rows go."""
@@ -26,8 +26,10 @@ LOGS = ("csv", "tensorboard")
 STAGES = ("wait", "copy", "forward", "score", "write")
 """For data, to the device, both models, the scores, parts to disk. They overlap."""
 
-_GPU = ("gpu_utilisation", "gpu_power_w", "gpu_memory_gib")
-_COLUMNS = ("seconds", "samples", "images_per_second", *STAGES, *_GPU)
+GPU_COLUMNS = ("gpu_utilisation", "gpu_power_w", "gpu_memory_gib")
+"""Percent, watts, GiB in use by anybody."""
+
+_COLUMNS = ("seconds", "samples", "images_per_second", *STAGES, *GPU_COLUMNS)
 _PERIOD = 1.0  # seconds between two looks at the GPU; NVML's utilisation is the mean of about one
 
 
@@ -69,8 +71,9 @@ class Telemetry:
         if folder is not None and log == "csv":
             self._log = _CsvLog(folder / "log" / f"rank-{rank}.csv")
         elif folder is not None and log == "tensorboard":
-            self._log = _TensorBoardLog(folder / "log" / "tensorboard" / f"rank-{rank}", done)
-        self._gpu = _GpuMonitor(self._device) if self._device.type == "cuda" else None
+            path = folder / "log" / "tensorboard" / f"rank-{rank}"
+            self._log = TensorBoardLog(path, done, "samples", _group_of)
+        self._gpu = GpuMonitor(self._device) if self._device.type == "cuda" else None
         self._lock = threading.Lock()
         self._total = dict.fromkeys(STAGES, 0.0)
         self._at_part = dict(self._total)  # as it was when the last part ended
@@ -107,7 +110,7 @@ class Telemetry:
         Raises:
             FastpieError: the log cannot be written.
         """
-        gpu = dict.fromkeys(_GPU) if self._gpu is None else self._gpu.of_part()
+        gpu = dict.fromkeys(GPU_COLUMNS) if self._gpu is None else self._gpu.of_part()
         with self._lock:
             self._resolve()
             now = time.perf_counter()
@@ -225,32 +228,47 @@ class _CsvLog:
             self._file.close()
 
 
-class _TensorBoardLog:
-    """Scalars by samples so far."""
+def _group_of(column: str) -> str:
+    return "stage" if column in STAGES else "gpu" if column in GPU_COLUMNS else "mine"
 
-    def __init__(self, path: Path, done: int) -> None:
+
+class TensorBoardLog:
+    """Scalars by a number that grows from row to row."""
+
+    def __init__(self, path: Path, done: int, step: str, group: Callable[[str], str]) -> None:
+        """Open the log.
+
+        Args:
+            path: its folder.
+            done: the last row that counts; what a crash left beyond it is shown no more.
+            step: the column that the others are drawn over.
+            group: the heading that a column is shown under.
+
+        Raises:
+            FastpieError: without the extra `fastpie[tensorboard]`, or if it cannot be written.
+        """
         load_extra("tensorboard", "tensorboard", "log='tensorboard'")
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = path
+        self._path, self._step, self._group = path, step, group
         try:
-            # What a crash left beyond what is done is shown no more.
             self._writer: Any = SummaryWriter(os.fspath(path), purge_step=done + 1)
         except OSError as error:
             raise _not_written(path, error) from error
 
     def write(self, row: dict[str, Any]) -> None:
-        step = row["samples"]
+        """Add a row; None is left out."""
         try:
             for name, value in row.items():
-                if value is not None and name != "samples":
-                    group = "stage" if name in STAGES else "gpu" if name in _GPU else "mine"
-                    self._writer.add_scalar(f"{group}/{name.removeprefix('gpu_')}", value, step)
+                if value is not None and name != self._step:
+                    tag = f"{self._group(name)}/{name.removeprefix('gpu_')}"
+                    self._writer.add_scalar(tag, value, row[self._step])
             self._writer.flush()
         except OSError as error:
             raise _not_written(self._path, error) from error
 
     def close(self) -> None:
+        """Close the log."""
         self._writer.close()
 
 
@@ -261,16 +279,17 @@ def _not_written(path: Path, error: OSError) -> FastpieError:
     )
 
 
-class _GpuMonitor:
+class GpuMonitor:
     """Asks NVML every second, in a thread; what it does not answer is None."""
 
     def __init__(self, device: torch.device) -> None:
+        """Begin to look at a GPU."""
         self._lock = threading.Lock()
-        self._part: dict[str, list[float]] = {name: [] for name in _GPU}
-        self._latest: dict[str, float | None] = dict.fromkeys(_GPU)
-        self._sum = dict.fromkeys(_GPU, 0.0)
-        self._count = dict.fromkeys(_GPU, 0)
-        self._most = dict.fromkeys(_GPU, 0.0)
+        self._part: dict[str, list[float]] = {name: [] for name in GPU_COLUMNS}
+        self._latest: dict[str, float | None] = dict.fromkeys(GPU_COLUMNS)
+        self._sum = dict.fromkeys(GPU_COLUMNS, 0.0)
+        self._count = dict.fromkeys(GPU_COLUMNS, 0)
+        self._most = dict.fromkeys(GPU_COLUMNS, 0.0)
         self._looks = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(
@@ -281,20 +300,22 @@ class _GpuMonitor:
     def of_part(self) -> dict[str, float | None]:
         """Means since the last call, or the latest where there is none."""
         with self._lock:
-            part, self._part = self._part, {name: [] for name in _GPU}
+            part, self._part = self._part, {name: [] for name in GPU_COLUMNS}
             return {
                 name: sum(values) / len(values) if values else self._latest[name]
                 for name, values in part.items()
             }
 
     def of_run(self) -> dict[str, float | None]:
+        """Means since the beginning, of the memory the most."""
         with self._lock:
-            found = {n: self._sum[n] / self._count[n] if self._count[n] else None for n in _GPU}
+            found = {n: self._sum[n] / self._count[n] if self._count[n] else None for n in GPU_COLUMNS}
             if self._count["gpu_memory_gib"]:
                 found["gpu_memory_gib"] = self._most["gpu_memory_gib"]
             return found
 
     def stop(self) -> None:
+        """Look no more."""
         self._stopped.set()
         self._thread.join(5.0)  # a driver that hangs must not keep the run from ending
 
