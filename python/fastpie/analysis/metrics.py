@@ -14,7 +14,7 @@ from fastpie._extras import load_extra
 from fastpie.analysis.predictions import Predictions
 from fastpie.errors import FastpieError
 
-__all__ = ["METRICS", "Measurement", "Metrics", "measure"]
+__all__ = ["METRICS", "Measurement", "Metrics", "class_metrics", "measure"]
 
 METRICS = ("ap", "auroc", "recall")
 """Of a class."""
@@ -156,6 +156,17 @@ def measure(
         (labels == 0).sum(1),
         predictions.train_counts,
     )
+
+
+def class_metrics(
+    scores: np.ndarray,  # [C, N]
+    labels: np.ndarray,  # [C, N] of 1, 0, NaN (unknown)
+) -> tuple[np.ndarray, np.ndarray]:  # fp64 [C] each
+    """Average precision and AUROC of each class, as `measure` defines them; NaN where not told."""
+    ap, auroc, _ = _of_classes(
+        scores.astype(np.float64), labels.astype(np.float32), labels == 1, None
+    )
+    return ap[0], auroc[0]
 
 
 def _resampled(

@@ -309,7 +309,9 @@ class GpuMonitor:
     def of_run(self) -> dict[str, float | None]:
         """Means since the beginning, of the memory the most."""
         with self._lock:
-            found = {n: self._sum[n] / self._count[n] if self._count[n] else None for n in GPU_COLUMNS}
+            found = {
+                n: self._sum[n] / self._count[n] if self._count[n] else None for n in GPU_COLUMNS
+            }
             if self._count["gpu_memory_gib"]:
                 found["gpu_memory_gib"] = self._most["gpu_memory_gib"]
             return found

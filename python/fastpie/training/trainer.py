@@ -1,0 +1,529 @@
+"""`Trainer`: the training loop, in one process or several, that goes on exactly where it was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from fastpie._files import write_atomically
+from fastpie.errors import FastpieError
+from fastpie.mining.interruption import Interruption
+from fastpie.mining.lock import RunLock
+from fastpie.mining.ranks import Ranks
+from fastpie.mining.reading import Problem, path_of
+from fastpie.training.checkpoint import (
+    check_configuration,
+    configuration_of,
+    read_checkpoint,
+    write_checkpoint,
+    write_weights,
+)
+from fastpie.training.evaluation import evaluate_model, evaluating
+from fastpie.training.feed import Feed, Fetched
+from fastpie.training.log import TrainingLog
+from fastpie.training.objective import Objective
+from fastpie.training.order import Cut, epoch_order
+from fastpie.training.progress import Progress, TrainResult
+from fastpie.training.randomness import generators_kept, seed_everything, seed_of
+from fastpie.training.step import PRECISIONS, Stepper
+
+__all__ = ["TrainResult", "Trainer"]
+
+_BATCH_SIZE = 32
+_STOP_AFTER = (
+    10  # steps in a row without finite gradients; for fp16 as many more as halve 2^16 to 1
+)
+_READING, _STEP, _BEGIN = 0, 1, 3  # what a seed is for; 2 is the evaluation's
+
+
+class Trainer:
+    """Trains an objective on a data set.
+
+    For example::
+
+        objective = Supervised(model, criterion)
+        optimizer = torch.optim.AdamW(objective.parameters())
+        Trainer(objective, data, optimizer=optimizer, epochs=20, valid=valid, out="run/").fit()
+
+    *Exactness.* The order of an epoch, the augmentation of a sample and the dropout of a step are
+    functions of `seed`, the epoch and the place in it alone (`Feed`, `Cut`). So the training is the
+    same for any number of workers, and stopped at any moment and gone on with it gives the weights
+    of an undisturbed one, on the CPU bit for bit. `batch_size` counts the samples of all processes:
+    two processes train as one does, but for rounding, dropout (drawn a process), and BatchNorm on
+    the CPU, whose statistics are then a process's own (CUDA: SyncBatchNorm).
+
+    *Stopping.* With `out`, a Trainer made again with the same arguments goes on at the last
+    checkpoint, and returns at once if it is done; more `epochs` than before are fine, another
+    configuration is refused. SIGTERM and Ctrl-C end the training after the step, with a checkpoint.
+    `checkpoint.pt` holds all there is to go on; `model.safetensors` is the network at the best epoch
+    by `monitor`, or at the last checkpoint without one; `errors.csv` tells of unreadable samples.
+
+    *Processes.* Where `torch.distributed` is initialised (torchrun), every process makes the Trainer
+    and calls `fit`; `out` is a folder that all of them see.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        data: Dataset[Any] | DataLoader[Any],
+        *,
+        optimizer: torch.optim.Optimizer,
+        epochs: int,
+        batch_size: int | None = None,
+        scheduler: Any = None,
+        scheduler_per_step: bool = False,
+        attention: Any = None,
+        masked: Any = None,
+        valid: Dataset[Any] | DataLoader[Any] | None = None,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+        monitor: str | None = None,
+        patience: int | None = None,
+        clip: float | None = None,
+        precision: str = "fp32",
+        compile: bool | str = False,
+        device: str | torch.device | None = None,
+        num_workers: int | None = None,
+        seed: int = 0,
+        out: str | os.PathLike[str] | None = None,
+        checkpoint_every: int = 1,
+        checkpoint_minutes: float | None = None,
+        log: str | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        """Put the objective on its device; nothing is read or written yet.
+
+        Args:
+            objective: what a step minimises.
+            data: to train on, map-style; items as `Feed` takes them. A DataLoader lends its data set,
+                batch size, workers and collate function.
+            optimizer: of the objective's parameters.
+            epochs: how many, from the first one on.
+            batch_size: the most samples in a step, of all processes together; by default the
+                DataLoader's, else 32. An epoch is cut into batches whose sizes differ by at most 1.
+            scheduler: of the learning rate, stepped after each epoch (ReduceLROnPlateau: with the
+                monitor).
+            scheduler_per_step: step it after each step instead.
+            attention: an `Attention`: weights, hard samples and draws; re-mines after its epochs.
+            masked: a `MaskedTraining`.
+            valid: labelled samples for `evaluate_model`, after each epoch.
+            evaluate: a function of the model, in eval mode and without gradients, called by rank 0;
+                gives metrics by name. Beside `valid` both are told.
+            monitor: the column of the history by which epochs are compared, such as "valid_loss" or
+                "valid_balanced_accuracy"; lower is better for names that end with "loss", else
+                higher. By default "valid_loss" with `valid`, else none.
+            patience: stop after so many epochs that are no better than the best one before.
+            clip: the largest norm of all gradients together.
+            precision: "fp32", or by autocast "bf16" or "fp16" (with a scaled loss).
+            compile: compile `objective.model` in place; text: by that backend of torch.compile.
+            device: to train on; by default where the objective is.
+            num_workers: processes that read samples; by default the DataLoader's, else none.
+            seed: at least 0.
+            out: folder of checkpoints and logs; None keeps nothing.
+            checkpoint_every: epochs from one checkpoint to the next.
+            checkpoint_minutes: also within an epoch, after so many minutes.
+            log: "csv" (`log.csv`) or "tensorboard", in `out`.
+            progress: whether to show bars; None: on a terminal.
+
+        Raises:
+            FastpieError: for unusable arguments, or more processes than samples in a batch.
+        """
+        if not isinstance(objective, Objective):
+            raise FastpieError(
+                "Expected `objective` to be an Objective, such as Supervised(model, criterion), but got "
+                f"{type(objective).__name__}."
+            )
+        if precision not in PRECISIONS:
+            raise FastpieError(
+                f"Expected `precision` to be one of {tuple(PRECISIONS)}, but got {precision!r}."
+            )
+        counts = {
+            "epochs": (epochs, 1),
+            "seed": (seed, 0),
+            "checkpoint_every": (checkpoint_every, 1),
+        }
+        counts |= {} if patience is None else {"patience": (patience, 1)}
+        for name, (value, least) in counts.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise FastpieError(
+                    f"Expected `{name}` to be an int of at least {least}, but got {value!r}."
+                )
+        if clip is not None and not clip > 0:
+            raise FastpieError(f"Expected `clip` above 0, but got {clip}.")
+        if monitor is None and valid is not None:
+            monitor = "valid_loss"
+        if patience is not None and monitor is None:
+            raise FastpieError(
+                "Expected `valid` or `monitor` to have patience with, but got neither."
+            )
+        self.objective, self.optimizer, self.scheduler = objective, optimizer, scheduler
+        self.attention, self.masked = attention, masked
+        self.epochs, self.seed = epochs, seed
+        self._per_step, self._monitor, self._patience = scheduler_per_step, monitor, patience
+        self._evaluate = evaluate
+        self._feed = Feed(data, batch_size=batch_size, num_workers=num_workers)
+        if batch_size is None and not isinstance(data, DataLoader):
+            self._feed.batch_size = _BATCH_SIZE
+        self._valid = None
+        if valid is not None:
+            own = None if isinstance(valid, DataLoader) else self._feed.batch_size
+            self._valid = Feed(valid, batch_size=own, num_workers=num_workers)
+        self._out = None if out is None else Path(out)
+        self._every, self._minutes = checkpoint_every, checkpoint_minutes
+        self._log_kind = log
+        self._ranks = Ranks()
+        self._show = (None if progress is None else not progress) if not self._ranks.rank else True
+        if self._feed.batch_size < 1 or not len(self._feed.dataset):
+            raise FastpieError(
+                "Expected a batch size of at least 1 and at least one sample, but got "
+                f"{self._feed.batch_size} and {len(self._feed.dataset)}."
+            )
+        self._cut = Cut(
+            len(self._feed.dataset), self._feed.batch_size, self._ranks.count, self._ranks.rank
+        )
+        first = next(objective.parameters(), torch.empty(0))
+        self._device = torch.empty(0, device=device or first.device).device
+        objective.to(self._device)
+        self._configuration = configuration_of(
+            objective,
+            self._feed.dataset,
+            optimizer,
+            {
+                "seed": seed,
+                "batch_size": self._feed.batch_size,
+                "precision": precision,
+                "clip": clip,
+                "monitor": monitor,
+                "scheduler": None if scheduler is None else type(scheduler).__qualname__,
+                "scheduler_per_step": scheduler_per_step,
+                "attention": None if attention is None else type(attention).__qualname__,
+                "masked": None if masked is None else type(masked).__qualname__,
+            },
+        )
+        if compile:
+            objective.model.compile(**({"backend": compile} if isinstance(compile, str) else {}))
+        self._step = Stepper(objective, optimizer, self._ranks, self._device, precision, clip)
+        self._progress = Progress()
+        self._taken_up = False
+        self._log: TrainingLog
+        self._saved = time.monotonic()
+
+    def fit(self) -> TrainResult:
+        """Train what remains.
+
+        Returns:
+            The history; the objective, the optimizer and the others are as after the last epoch.
+
+        Raises:
+            FastpieError: `out` holds another training or cannot be written, another process trains in
+                it, or gradients are not finite for many steps in a row.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(generators_kept(self._device))
+            if self._out is not None and not self._ranks.rank:
+                self._out.mkdir(parents=True, exist_ok=True)
+                lock = RunLock(self._out)
+                lock.acquire()
+                stack.callback(lock.release)
+            if not self._taken_up:
+                self._take_up()
+                self._taken_up = True
+            if self._done():
+                return self._progress.result()
+            told = self._ranks.rank == 0
+            self._log = TrainingLog(
+                self._out if told else None,
+                self._log_kind if told else None,
+                self._device,
+                epochs=self._progress.epoch,
+            )
+            stack.callback(self._log.close)
+            interruption = Interruption()
+            if self._out is not None:  # without a checkpoint there is nothing to finish
+                stack.enter_context(interruption)
+            while not self._done():
+                if not self._epoch(interruption):
+                    if not interruption.requested:
+                        raise FastpieError(
+                            "Expected to train on, but another process of the training was told to stop; "
+                            "what is done is in the checkpoint."
+                        )
+                    break
+        return self._progress.result()
+
+    def _done(self) -> bool:
+        return self._progress.stopped_early or self._progress.epoch >= self.epochs
+
+    # ------------------------------------------------------------------ an epoch
+
+    def _epoch(self, interruption: Interruption) -> bool:
+        """Train what remains of an epoch; False if it was interrupted, with a checkpoint."""
+        progress, epoch = self._progress, self._progress.epoch
+        if progress.batch == 0:
+            progress.begin_epoch()
+            self._begin(epoch)
+        if not self._steps(interruption):
+            return False
+        row = self._row()
+        lower = bool(self._monitor and self._monitor.endswith("loss"))
+        value = math.nan
+        if self._monitor is not None:
+            if self._monitor not in row:
+                raise FastpieError(
+                    f"Expected `monitor` to be a column of the history, {list(row)}, but got "
+                    f"{self._monitor!r}."
+                )
+            value = float(row[self._monitor])
+        if self.scheduler is not None and not self._per_step:
+            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+            self.scheduler.step(value) if plateau else self.scheduler.step()
+        best = progress.improved(value, lower=lower)
+        if self._patience is not None and progress.best is not None:
+            progress.stopped_early = epoch - progress.best >= self._patience
+        progress.history.append(row)
+        progress.epoch, progress.batch = epoch + 1, 0
+        due = self._done() or progress.epoch % self._every == 0
+        if best or (self._monitor is None and due):
+            self._save_weights()
+        if due:
+            self._save()
+        self._log.write(progress.history)
+        return True
+
+    def _begin(self, epoch: int) -> None:
+        seed_everything(seed_of(_BEGIN, self.seed, epoch))
+        self.objective.train()
+        self.objective.begin_epoch(epoch)
+        if self.masked is not None:
+            self.masked.begin_epoch(epoch)
+
+    def _steps(self, interruption: Interruption) -> bool:
+        """The steps that remain of an epoch; False if they were interrupted, with a checkpoint."""
+        progress, epoch = self._progress, self._progress.epoch
+        weights = None if self.attention is None else self.attention.draw_weights()
+        order = epoch_order(self._cut.samples, self.seed, epoch, weights)
+        remaining = range(progress.batch, len(self._cut))
+        fetched_all = self._feed.batches(
+            order,
+            map(self._cut.share, remaining),
+            (_READING, self.seed, epoch),
+            pin_memory=self._device.type == "cuda",
+        )
+        bar = tqdm(
+            total=len(self._cut), initial=progress.batch, desc=f"epoch {epoch}", unit="batch",
+            disable=self._show, leave=False,
+        )  # fmt: skip
+        with contextlib.closing(fetched_all), bar:
+            since = time.perf_counter()
+            for number, fetched in zip(remaining, fetched_all, strict=True):
+                go_on, samples, lacking = self._agree(len(fetched.ids), interruption)
+                if not go_on:
+                    return False
+                progress.images += samples
+                self._note(fetched.unreadable)
+                if lacking:
+                    progress.skipped_batches += 1
+                else:
+                    self._train(fetched, samples, number)
+                now = time.perf_counter()
+                progress.seconds, since = progress.seconds + now - since, now
+                progress.batch = number + 1
+                bar.update()
+        return self._agree(1, interruption)[0]
+
+    def _agree(self, readable: int, interruption: Interruption) -> tuple[bool, int, bool]:
+        """Before a batch: whether to go on, its samples, and whether a process has none.
+
+        The processes decide together, or they would wait for each other for ever.
+        """
+        due = self._minutes is not None and time.monotonic() - self._saved > 60 * self._minutes
+        stop, save, samples, lacking = self._ranks.sum(
+            [
+                int(interruption.requested),
+                int(due and not self._ranks.rank),
+                readable,
+                int(not readable),
+            ]
+        )
+        if stop or save:
+            self._save()
+        return not stop, samples, lacking > 0
+
+    def _train(self, fetched: Fetched, samples: int, number: int) -> None:
+        progress = self._progress
+        batch = fetched.to(self._device)
+        batch.images = self._feed.normalize(batch.images)
+        weights = None
+        if self.attention is not None:
+            weights = self.attention.weights(batch.ids)
+            batch.hard = self.attention.hard(batch.ids).to(self._device)
+        seed = seed_of(_STEP, self.seed, progress.epoch, number, self._ranks.rank)
+        loss = self._step.step(batch, weights, samples, seed)
+        if loss is None:
+            self._not_finite(number)
+            return
+        progress.not_finite = 0
+        progress.loss += loss
+        if self.masked is not None:
+            self.masked.after_step()
+        self.objective.after_step()
+        if self.scheduler is not None and self._per_step:
+            self.scheduler.step()
+
+    def _not_finite(self, number: int) -> None:
+        progress = self._progress
+        progress.skipped_steps += 1
+        progress.not_finite += 1
+        if progress.not_finite >= _STOP_AFTER + 16 * self._step.scaler.is_enabled():
+            raise FastpieError(
+                f"Expected finite gradients, but those of {progress.not_finite} steps in a row are not, "
+                f"up to step {number} of epoch {progress.epoch}. Lower the learning rate, give `clip`, "
+                "or look at the labels."
+            )
+
+    # ------------------------------------------------------------------ after an epoch
+
+    def _row(self) -> dict[str, Any]:
+        """The row of the epoch, after its evaluation and mining."""
+        progress = self._progress
+        trained = max(progress.images, 1)
+        row: dict[str, Any] = {
+            "epoch": progress.epoch,
+            "loss": sum(self._ranks.all(progress.loss)) / trained,
+            "images": progress.images,
+            "unreadable": self._ranks.sum([progress.unreadable])[0],
+            "skipped_steps": progress.skipped_steps,
+            "skipped_batches": progress.skipped_batches,
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "seconds": progress.seconds,
+            "images_per_second": progress.images / max(progress.seconds, 1e-9),
+        }
+        self._step.share_buffers()
+        start = time.perf_counter()
+        if self._valid is not None:
+            metrics, unreadable = evaluate_model(
+                self.objective, self._valid, self._ranks, self._device, self._step.autocast()
+            )
+            row |= {f"valid_{name}": value for name, value in metrics.items()}
+            row["valid_unreadable"] = len(unreadable)
+        if self._evaluate is not None:
+            row |= {f"valid_{k}": float(v) for k, v in self._ranks.first(self._ask).items()}
+        middle = time.perf_counter()
+        if self._valid is not None or self._evaluate is not None:
+            row["evaluation_seconds"] = middle - start
+        if self.attention is not None:
+            self.attention.step(progress.epoch)
+            row["mining_seconds"] = time.perf_counter() - middle
+        self._gather_errors(row["unreadable"])
+        return row | self._log.gpu()
+
+    def _ask(self) -> dict[str, float]:
+        with evaluating(self.objective.model):
+            return {} if self._evaluate is None else dict(self._evaluate(self.objective.model))
+
+    def _note(self, unreadable: list[Problem]) -> None:
+        progress = self._progress
+        progress.unreadable += len(unreadable)
+        for index, stage, error in unreadable:
+            progress.errors.setdefault(
+                self._feed.sample_id(index),
+                {
+                    "path": path_of(self._feed.dataset, index),
+                    "stage": stage,
+                    "error": error,
+                    "epoch": progress.epoch,
+                },
+            )
+
+    def _gather_errors(self, unreadable: int) -> None:
+        """Let every process know what could not be read, and the user."""
+        progress = self._progress
+        known: dict[str, dict[str, Any]] = {}
+        for of_one in self._ranks.all(progress.errors):
+            known |= {k: v for k, v in of_one.items() if k not in known}
+        progress.errors = dict(sorted(known.items()))
+        if not self._ranks.rank and any(e["epoch"] == progress.epoch for e in known.values()):
+            first = next(k for k, e in progress.errors.items() if e["epoch"] == progress.epoch)
+            warnings.warn(
+                f"{unreadable} of {self._cut.samples} samples could not be read in epoch "
+                f"{progress.epoch} and were left out, for example {first!r}: "
+                f"{progress.errors[first]['error']}",
+                stacklevel=5,
+            )
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save(self) -> None:
+        self._saved = time.monotonic()
+        if self._out is None:
+            return
+        # What differs between processes is summed up: it is told, not trained with.
+        losses = sum(self._ranks.all(self._progress.loss))
+        unreadable = self._ranks.sum([self._progress.unreadable])[0]
+        if not self._ranks.rank:
+            state = self._progress.state() | {"loss": losses, "unreadable": unreadable}
+            parts = {name: part.state_dict() for name, part in self._parts().items()}
+            write_checkpoint(
+                self._out / "checkpoint.pt",
+                {"configuration": self._configuration, "progress": state, "parts": parts},
+            )
+            if self._progress.errors:
+                write_atomically(self._out / "errors.csv", self._error_table())
+        self._ranks.wait()
+
+    def _parts(self) -> dict[str, Any]:
+        """What is trained or kept, by name."""
+        parts = {
+            "objective": self.objective,
+            "optimizer": self.optimizer,
+            "scaler": self._step.scaler,
+            "scheduler": self.scheduler,
+            "attention": self.attention,
+            "masked": self.masked,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _take_up(self) -> None:
+        """Be where the last checkpoint is."""
+        if self._out is None:
+            return
+        path = self._out / "checkpoint.pt"
+        state = read_checkpoint(path)
+        if len(set(self._ranks.all(state is None))) > 1:
+            raise FastpieError(f"Expected every process to see {path}, but some do not.")
+        if state is None:
+            return
+        check_configuration(self._out, state["configuration"], self._configuration)
+        self._progress = progress = Progress.of_state(state["progress"])
+        if self._ranks.rank:  # rank 0 has the sums
+            progress.loss, progress.unreadable = 0.0, 0
+        if progress.batch:
+            # What is no tensor comes from the call (a schedule's place, say); tensors are then put
+            # back to how the steps since have left them.
+            self._begin(progress.epoch)
+        for name, part in self._parts().items():
+            part.load_state_dict(state["parts"][name])
+
+    def _save_weights(self) -> None:
+        if self._out is not None and not self._ranks.rank:
+            write_weights(self._out / "model.safetensors", self.objective.model)
+
+    def _error_table(self) -> bytes:
+        text = io.StringIO()
+        columns = ("sample_id", "path", "stage", "error", "epoch")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({"sample_id": k, **row} for k, row in self._progress.errors.items())
+        return text.getvalue().encode()
