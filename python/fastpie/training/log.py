@@ -25,7 +25,11 @@ class TrainingLog:
     """
 
     def __init__(
-        self, folder: Path | None, kind: str | None, device: torch.device, *, epochs: int = 0
+        self,
+        folder: Path | None,
+        kind: str | None,
+        device: torch.device,
+        history: list[dict[str, Any]],
     ) -> None:
         """Open the log and begin to look at the GPU.
 
@@ -33,7 +37,7 @@ class TrainingLog:
             folder: of the training.
             kind: "csv", "tensorboard" (the extra `fastpie[tensorboard]`) or None.
             device: that computes.
-            epochs: that are in the log already.
+            history: so far.
 
         Raises:
             FastpieError: for another kind, or one without a folder.
@@ -43,7 +47,8 @@ class TrainingLog:
         self._csv = folder / "log.csv" if folder is not None and kind == "csv" else None
         self._board = None
         if folder is not None and kind == "tensorboard":
-            self._board = TensorBoardLog(folder / "tensorboard", epochs - 1, "epoch", _group_of)
+            self._board = TensorBoardLog(folder / "tensorboard", len(history) - 1, "epoch", _group_of)
+        self._write_table(history)  # a crash may have come between checkpoint and log
         self._gpu = GpuMonitor(device) if device.type == "cuda" else None
 
     def gpu(self) -> dict[str, float | None]:
@@ -58,6 +63,16 @@ class TrainingLog:
         """
         if self._board is not None and history:
             self._board.write(history[-1])
+        self._write_table(history)
+
+    def close(self) -> None:
+        """Close the log and stop looking at the GPU."""
+        if self._gpu is not None:
+            self._gpu.stop()
+        if self._board is not None:
+            self._board.close()
+
+    def _write_table(self, history: list[dict[str, Any]]) -> None:
         if self._csv is not None:
             columns = list(dict.fromkeys(name for row in history for name in row))
             text = io.StringIO()
@@ -73,13 +88,6 @@ class TrainingLog:
                 raise FastpieError(
                     f"Expected to write the log {self._csv}, but: {error}"
                 ) from error
-
-    def close(self) -> None:
-        """Close the log and stop looking at the GPU."""
-        if self._gpu is not None:
-            self._gpu.stop()
-        if self._board is not None:
-            self._board.close()
 
 
 def _group_of(column: str) -> str:

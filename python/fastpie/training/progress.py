@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from typing_extensions import Self
+
+from fastpie.mining.ranks import Ranks
+from fastpie.mining.reading import Problem, path_of
+from fastpie.training.feed import Feed
 
 __all__ = ["Progress", "TrainResult"]
 
@@ -24,7 +29,7 @@ class TrainResult:
         best: the epoch whose `monitor` is best; None without one.
         epoch: how many epochs are done.
         stopped_early: whether `patience` ended it.
-        errors: samples that could not be read: by id `stage`, `error`, `epoch` (the first).
+        errors: samples that could not be read: by id `path`, `stage`, `error`, `epoch` (the first).
     """
 
     history: list[dict[str, Any]]
@@ -74,6 +79,30 @@ class Progress:
         """Nothing of the epoch is done."""
         self.batch = self.images = self.skipped_steps = self.skipped_batches = self.unreadable = 0
         self.loss = self.seconds = 0.0
+
+    def note(self, feed: Feed, problems: list[Problem]) -> None:
+        """Remember samples that could not be read."""
+        self.unreadable += len(problems)
+        for index, stage, error in problems:
+            path = path_of(feed.dataset, index)
+            row = {"path": path, "stage": stage, "error": error, "epoch": self.epoch}
+            self.errors.setdefault(feed.sample_id(index), row)
+
+    def share_errors(self, ranks: Ranks, samples: int) -> int:
+        """Let every process know what could not be read, and the user; how many in this epoch."""
+        unreadable = ranks.sum([self.unreadable])[0]
+        known: dict[str, dict[str, Any]] = {}
+        for of_one in ranks.all(self.errors):
+            known = {**of_one, **known}
+        self.errors = dict(sorted(known.items()))
+        new = [k for k, row in self.errors.items() if row["epoch"] == self.epoch]
+        if new and not ranks.rank:
+            warnings.warn(
+                f"{unreadable} of {samples} samples could not be read in epoch {self.epoch} and were "
+                f"left out, for example {new[0]!r}: {self.errors[new[0]]['error']}",
+                stacklevel=6,
+            )
+        return unreadable
 
     def improved(self, value: float, *, lower: bool) -> bool:
         """Whether the epoch is the best so far, which is kept."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,21 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from fastpie._files import write_atomically
 from fastpie.errors import FastpieError
 from fastpie.mining.interruption import Interruption
-from fastpie.mining.lock import RunLock
 from fastpie.mining.ranks import Ranks
-from fastpie.mining.reading import Problem, path_of
-from fastpie.training.checkpoint import (
-    check_configuration,
-    configuration_of,
-    read_checkpoint,
-    write_checkpoint,
-    write_weights,
-)
+from fastpie.training.configuration import configuration_of
 from fastpie.training.evaluation import evaluate_model, evaluating
 from fastpie.training.feed import Feed, Fetched
+from fastpie.training.folder import TrainingFolder
 from fastpie.training.log import TrainingLog
 from fastpie.training.objective import Objective
 from fastpie.training.order import Cut, epoch_order
@@ -140,33 +129,26 @@ class Trainer:
         Raises:
             FastpieError: for unusable arguments, or more processes than samples in a batch.
         """
-        if not isinstance(objective, Objective):
-            raise FastpieError(
-                "Expected `objective` to be an Objective, such as Supervised(model, criterion), but got "
-                f"{type(objective).__name__}."
-            )
-        if precision not in PRECISIONS:
-            raise FastpieError(
-                f"Expected `precision` to be one of {tuple(PRECISIONS)}, but got {precision!r}."
-            )
-        counts = {
-            "epochs": (epochs, 1),
-            "seed": (seed, 0),
-            "checkpoint_every": (checkpoint_every, 1),
-        }
-        counts |= {} if patience is None else {"patience": (patience, 1)}
-        for name, (value, least) in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise FastpieError(
-                    f"Expected `{name}` to be an int of at least {least}, but got {value!r}."
-                )
-        if clip is not None and not clip > 0:
-            raise FastpieError(f"Expected `clip` above 0, but got {clip}.")
+        _check(
+            objective,
+            precision,
+            clip,
+            epochs=(epochs, 1),
+            seed=(seed, 0),
+            checkpoint_every=(checkpoint_every, 1),
+            patience=(1 if patience is None else patience, 1),
+        )
         if monitor is None and valid is not None:
             monitor = "valid_loss"
         if patience is not None and monitor is None:
             raise FastpieError(
                 "Expected `valid` or `monitor` to have patience with, but got neither."
+            )
+        self._plateau = isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
+        if self._plateau and (monitor is None or scheduler_per_step):
+            raise FastpieError(
+                "Expected `valid` or `monitor` for ReduceLROnPlateau, which looks at it after each "
+                "epoch, but got neither or `scheduler_per_step`."
             )
         self.objective, self.optimizer, self.scheduler = objective, optimizer, scheduler
         self.attention, self.masked = attention, masked
@@ -180,7 +162,6 @@ class Trainer:
         if valid is not None:
             own = None if isinstance(valid, DataLoader) else self._feed.batch_size
             self._valid = Feed(valid, batch_size=own, num_workers=num_workers)
-        self._out = None if out is None else Path(out)
         self._every, self._minutes = checkpoint_every, checkpoint_minutes
         self._log_kind = log
         self._ranks = Ranks()
@@ -196,7 +177,7 @@ class Trainer:
         first = next(objective.parameters(), torch.empty(0))
         self._device = torch.empty(0, device=device or first.device).device
         objective.to(self._device)
-        self._configuration = configuration_of(
+        configuration = configuration_of(
             objective,
             self._feed.dataset,
             optimizer,
@@ -212,6 +193,9 @@ class Trainer:
                 "masked": None if masked is None else type(masked).__qualname__,
             },
         )
+        self._folder = None
+        if out is not None:
+            self._folder = TrainingFolder(Path(out), configuration, self._ranks)
         if compile:
             objective.model.compile(**({"backend": compile} if isinstance(compile, str) else {}))
         self._step = Stepper(objective, optimizer, self._ranks, self._device, precision, clip)
@@ -232,26 +216,22 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(generators_kept(self._device))
-            if self._out is not None and not self._ranks.rank:
-                self._out.mkdir(parents=True, exist_ok=True)
-                lock = RunLock(self._out)
-                lock.acquire()
-                stack.callback(lock.release)
+            if self._folder is not None:
+                stack.callback(self._folder.close)
+                self._folder.open()
             if not self._taken_up:
                 self._take_up()
                 self._taken_up = True
-            if self._done():
-                return self._progress.result()
             told = self._ranks.rank == 0
             self._log = TrainingLog(
-                self._out if told else None,
+                self._folder.path if told and self._folder is not None else None,
                 self._log_kind if told else None,
                 self._device,
-                epochs=self._progress.epoch,
+                self._progress.history,
             )
             stack.callback(self._log.close)
             interruption = Interruption()
-            if self._out is not None:  # without a checkpoint there is nothing to finish
+            if self._folder is not None:  # without a checkpoint there is nothing to finish
                 stack.enter_context(interruption)
             while not self._done():
                 if not self._epoch(interruption):
@@ -287,16 +267,15 @@ class Trainer:
                 )
             value = float(row[self._monitor])
         if self.scheduler is not None and not self._per_step:
-            plateau = isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau)
-            self.scheduler.step(value) if plateau else self.scheduler.step()
+            self.scheduler.step(value) if self._plateau else self.scheduler.step()
         best = progress.improved(value, lower=lower)
         if self._patience is not None and progress.best is not None:
             progress.stopped_early = epoch - progress.best >= self._patience
         progress.history.append(row)
         progress.epoch, progress.batch = epoch + 1, 0
         due = self._done() or progress.epoch % self._every == 0
-        if best or (self._monitor is None and due):
-            self._save_weights()
+        if self._folder is not None and (best or (self._monitor is None and due)):
+            self._folder.write_weights(self.objective.model)
         if due:
             self._save()
         self._log.write(progress.history)
@@ -332,7 +311,7 @@ class Trainer:
                 if not go_on:
                     return False
                 progress.images += samples
-                self._note(fetched.unreadable)
+                progress.note(self._feed, fetched.unreadable)
                 if lacking:
                     progress.skipped_batches += 1
                 else:
@@ -403,7 +382,7 @@ class Trainer:
             "epoch": progress.epoch,
             "loss": sum(self._ranks.all(progress.loss)) / trained,
             "images": progress.images,
-            "unreadable": self._ranks.sum([progress.unreadable])[0],
+            "unreadable": progress.share_errors(self._ranks, self._cut.samples),
             "skipped_steps": progress.skipped_steps,
             "skipped_batches": progress.skipped_batches,
             "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -426,62 +405,18 @@ class Trainer:
         if self.attention is not None:
             self.attention.step(progress.epoch)
             row["mining_seconds"] = time.perf_counter() - middle
-        self._gather_errors(row["unreadable"])
         return row | self._log.gpu()
 
     def _ask(self) -> dict[str, float]:
         with evaluating(self.objective.model):
             return {} if self._evaluate is None else dict(self._evaluate(self.objective.model))
 
-    def _note(self, unreadable: list[Problem]) -> None:
-        progress = self._progress
-        progress.unreadable += len(unreadable)
-        for index, stage, error in unreadable:
-            progress.errors.setdefault(
-                self._feed.sample_id(index),
-                {
-                    "path": path_of(self._feed.dataset, index),
-                    "stage": stage,
-                    "error": error,
-                    "epoch": progress.epoch,
-                },
-            )
-
-    def _gather_errors(self, unreadable: int) -> None:
-        """Let every process know what could not be read, and the user."""
-        progress = self._progress
-        known: dict[str, dict[str, Any]] = {}
-        for of_one in self._ranks.all(progress.errors):
-            known |= {k: v for k, v in of_one.items() if k not in known}
-        progress.errors = dict(sorted(known.items()))
-        if not self._ranks.rank and any(e["epoch"] == progress.epoch for e in known.values()):
-            first = next(k for k, e in progress.errors.items() if e["epoch"] == progress.epoch)
-            warnings.warn(
-                f"{unreadable} of {self._cut.samples} samples could not be read in epoch "
-                f"{progress.epoch} and were left out, for example {first!r}: "
-                f"{progress.errors[first]['error']}",
-                stacklevel=5,
-            )
-
     # ------------------------------------------------------------------ checkpoints
 
     def _save(self) -> None:
         self._saved = time.monotonic()
-        if self._out is None:
-            return
-        # What differs between processes is summed up: it is told, not trained with.
-        losses = sum(self._ranks.all(self._progress.loss))
-        unreadable = self._ranks.sum([self._progress.unreadable])[0]
-        if not self._ranks.rank:
-            state = self._progress.state() | {"loss": losses, "unreadable": unreadable}
-            parts = {name: part.state_dict() for name, part in self._parts().items()}
-            write_checkpoint(
-                self._out / "checkpoint.pt",
-                {"configuration": self._configuration, "progress": state, "parts": parts},
-            )
-            if self._progress.errors:
-                write_atomically(self._out / "errors.csv", self._error_table())
-        self._ranks.wait()
+        if self._folder is not None:
+            self._folder.write(self._progress, self._parts())
 
     def _parts(self) -> dict[str, Any]:
         """What is trained or kept, by name."""
@@ -497,33 +432,33 @@ class Trainer:
 
     def _take_up(self) -> None:
         """Be where the last checkpoint is."""
-        if self._out is None:
+        found = None if self._folder is None else self._folder.read()
+        if found is None:
             return
-        path = self._out / "checkpoint.pt"
-        state = read_checkpoint(path)
-        if len(set(self._ranks.all(state is None))) > 1:
-            raise FastpieError(f"Expected every process to see {path}, but some do not.")
-        if state is None:
-            return
-        check_configuration(self._out, state["configuration"], self._configuration)
-        self._progress = progress = Progress.of_state(state["progress"])
-        if self._ranks.rank:  # rank 0 has the sums
-            progress.loss, progress.unreadable = 0.0, 0
-        if progress.batch:
+        self._progress, states = found
+        if self._progress.batch:
             # What is no tensor comes from the call (a schedule's place, say); tensors are then put
             # back to how the steps since have left them.
-            self._begin(progress.epoch)
+            self._begin(self._progress.epoch)
         for name, part in self._parts().items():
-            part.load_state_dict(state["parts"][name])
+            part.load_state_dict(states[name])
 
-    def _save_weights(self) -> None:
-        if self._out is not None and not self._ranks.rank:
-            write_weights(self._out / "model.safetensors", self.objective.model)
 
-    def _error_table(self) -> bytes:
-        text = io.StringIO()
-        columns = ("sample_id", "path", "stage", "error", "epoch")
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({"sample_id": k, **row} for k, row in self._progress.errors.items())
-        return text.getvalue().encode()
+def _check(objective: Any, precision: str, clip: float | None, **counts: tuple[Any, int]) -> None:
+    """Refuse arguments that no training can use; `counts` are values and the least of each."""
+    if not isinstance(objective, Objective):
+        raise FastpieError(
+            "Expected `objective` to be an Objective, such as Supervised(model, criterion), but got "
+            f"{type(objective).__name__}."
+        )
+    if precision not in PRECISIONS:
+        raise FastpieError(
+            f"Expected `precision` to be one of {tuple(PRECISIONS)}, but got {precision!r}."
+        )
+    for name, (value, least) in counts.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise FastpieError(
+                f"Expected `{name}` to be an int of at least {least}, but got {value!r}."
+            )
+    if clip is not None and not clip > 0:
+        raise FastpieError(f"Expected `clip` above 0, but got {clip}.")
