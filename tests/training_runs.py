@@ -154,7 +154,8 @@ def check_same(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def start(target: Callable[..., None], *arguments: Any) -> Any:
     """A process forked from a server that has imported all of this already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs"])
+    # The first step of an optimizer imports torch._dynamo, which takes seconds.
+    context.set_forkserver_preload(["fastpie.training.trainer", "torch._dynamo"])
     process = context.Process(target=_alone, args=(target, arguments))
     process.start()
     return process
@@ -169,19 +170,23 @@ def _alone(target: Callable[..., None], arguments: Sequence[Any]) -> None:
 
 
 def train(folder: Path, options: dict[str, Any]) -> None:
-    """A training to its end; `final.pt` beside its folder tells of it."""
+    """A training to its end; `final.pt` beside its folder tells of it, `begun` of its beginning."""
     trainer = trainer_of(folder, **options)
+    folder.with_suffix(".begun").touch()
     trainer.fit()
     torch.save(state_of(trainer), folder.with_suffix(".final.pt"))
 
 
 def train_shared(
-    rank: int, processes: int, store: Path, folder: Path | None, final: Path, options: dict[str, Any]
+    rank: int,
+    processes: int,
+    store: Path,
+    folder: Path | None,
+    final: Path,
+    options: dict[str, Any],
 ) -> None:
     """One of several processes that train together."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=processes
-    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
     trainer = trainer_of(folder, **options)
     result = trainer.fit()
     torch.save(

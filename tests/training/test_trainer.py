@@ -112,7 +112,10 @@ def test_transforms_of_monai_have_generators_of_their_own() -> None:
     from monai.data import Dataset as MonaiDataset
 
     def trained(workers: int, left: int) -> dict[str, Tensor]:
-        steps = [monai.RandGaussianNoised("image", prob=0.9), monai.RandScaleIntensityd("image", 0.5)]
+        steps = [
+            monai.RandGaussianNoised("image", prob=0.9),
+            monai.RandScaleIntensityd("image", 0.5),
+        ]
         compose = monai.Compose(steps)
         for _ in range(left):  # wherever its generators are
             compose({"image": torch.ones(4)})
@@ -146,7 +149,9 @@ class Seen(Mean):
 
 def fit(objective: Objective, data: Any, **options: Any) -> Any:
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.01)
-    trainer = Trainer(objective, data, optimizer=optimizer, progress=False, **{"epochs": 1, **options})
+    trainer = Trainer(
+        objective, data, optimizer=optimizer, progress=False, **{"epochs": 1, **options}
+    )
     return trainer.fit()
 
 
@@ -282,7 +287,9 @@ def test_images_of_another_shape_or_of_nan_are_left_out() -> None:
 
 
 def test_a_batch_without_a_readable_sample_is_skipped() -> None:
-    lost = tuple(epoch_order(SAMPLES, 0, 0)[:8].tolist())  # the first of 8 batches: 61 = 5 * 8 + 3 * 7
+    lost = tuple(
+        epoch_order(SAMPLES, 0, 0)[:8].tolist()
+    )  # the first of 8 batches: 61 = 5 * 8 + 3 * 7
     trainer = trainer_of(broken=lost, epochs=1, dropout=0.3)
     with pytest.warns(UserWarning, match="8 of 61"):
         result = trainer.fit()
@@ -314,7 +321,7 @@ def test_a_step_without_finite_gradients_is_not_taken() -> None:
 def test_many_steps_without_finite_gradients_end_the_training() -> None:
     objective = Poisoned(trainer_of().objective.model, set(Points().sample_ids))
     before = copy.deepcopy(objective.model.state_dict())
-    with pytest.raises(FastpieError, match="10 steps in a row .* step 1 of epoch 1"):
+    with pytest.raises(FastpieError, match=r"10 steps in a row .* step 1 of epoch 1"):
         fit(objective, Points(), batch_size=8, epochs=3)
     for name, value in objective.model.state_dict().items():
         assert torch.equal(value, before[name])
@@ -324,7 +331,9 @@ def test_the_gradients_are_clipped() -> None:
     objective = Mean(trainer_of().objective.model)
     before = [p.detach().clone() for p in objective.parameters()]
     fit(objective, Points(), batch_size=SAMPLES, clip=1e-3)  # one step of SGD at .01
-    moved = [(p - b).detach().flatten() for p, b in zip(objective.parameters(), before, strict=True)]
+    moved = [
+        (p - b).detach().flatten() for p, b in zip(objective.parameters(), before, strict=True)
+    ]
     torch.testing.assert_close(torch.cat(moved).norm(), torch.tensor(1e-5), rtol=1e-2, atol=0)
 
 
@@ -362,7 +371,9 @@ def test_an_objective_without_a_loss_for_each_sample() -> None:
 # ---------------------------------------------------------------------- precision, compilation
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_autocast(precision: str, dtype: torch.dtype) -> None:
     seen = set()
     trainer = trainer_of(precision=precision, epochs=6, lr=0.05, valid=Points())

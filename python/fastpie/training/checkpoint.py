@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of other files torch's reader raises whatever it comes to
         raise FastpieError(f"Expected a checkpoint in {path}, but: {error}") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise FastpieError(f"Expected a checkpoint of a Trainer in {path}, but got another file.")

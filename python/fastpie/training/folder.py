@@ -20,6 +20,7 @@ from fastpie.training.progress import Progress
 
 __all__ = ["TrainingFolder"]
 
+_FILES = ("checkpoint.pt", "model.safetensors", "errors.csv", "log.csv")
 _ERRORS = ("sample_id", "path", "stage", "error", "epoch")
 
 
@@ -48,6 +49,9 @@ class TrainingFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = RunLock(self.path)
             self._lock.acquire()
+            for name in _FILES:  # what writes that were killed have left
+                for path in self.path.glob(f".{name}.*"):
+                    path.unlink(missing_ok=True)
 
         self._ranks.first(lock)
 

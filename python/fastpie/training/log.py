@@ -47,7 +47,9 @@ class TrainingLog:
         self._csv = folder / "log.csv" if folder is not None and kind == "csv" else None
         self._board = None
         if folder is not None and kind == "tensorboard":
-            self._board = TensorBoardLog(folder / "tensorboard", len(history) - 1, "epoch", _group_of)
+            self._board = TensorBoardLog(
+                folder / "tensorboard", len(history) - 1, "epoch", _group_of
+            )
         self._write_table(history)  # a crash may have come between checkpoint and log
         self._gpu = GpuMonitor(device) if device.type == "cuda" else None
 
