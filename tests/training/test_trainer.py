@@ -175,6 +175,9 @@ def test_masked_training_is_called() -> None:
         def begin_epoch(self, epoch: int) -> None:
             calls.append(epoch)
 
+        def mask_gradients(self) -> None:
+            calls.append("gradients")
+
         def after_step(self) -> None:
             calls.append("step")
 
@@ -182,7 +185,8 @@ def test_masked_training_is_called() -> None:
             return {}
 
     trainer_of(masked=Masked(), epochs=2, batch_size=30).fit()
-    assert calls == [0, *["step"] * 3, 1, *["step"] * 3]
+    steps = ["gradients", "step"] * 3
+    assert calls == [0, *steps, 1, *steps]
 
 
 def test_items_with_other_entries() -> None:

@@ -39,6 +39,7 @@ class Stepper:
         device: torch.device,
         precision: str,
         clip: float | None,
+        masked: Any = None,
     ) -> None:
         """Join the processes.
 
@@ -49,6 +50,7 @@ class Stepper:
             device: of this one.
             precision: of `PRECISIONS`.
             clip: the largest norm of all gradients together, or None.
+            masked: a `MaskedTraining`; gradients of removed weights do not count in the norm.
         """
         self.objective, self.optimizer = objective, optimizer
         self.processes, self.device, self.precision, self.clip = (
@@ -57,6 +59,7 @@ class Stepper:
             precision,
             clip,
         )
+        self._masked = masked
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._module: nn.Module = _shared(objective, device) if ranks.count > 1 else objective
@@ -100,6 +103,8 @@ class Stepper:
         # DistributedDataParallel takes the mean over the processes.
         self.scaler.scale(loss * (self.processes / total)).backward()
         self.scaler.unscale_(self.optimizer)
+        if self._masked is not None:
+            self._masked.mask_gradients()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = get_total_norm(gradients)
         finite = bool(norm.isfinite())

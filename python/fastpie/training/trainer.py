@@ -198,7 +198,9 @@ class Trainer:
             self._folder = TrainingFolder(Path(out), configuration, self._ranks)
         if compile:
             objective.model.compile(**({"backend": compile} if isinstance(compile, str) else {}))
-        self._step = Stepper(objective, optimizer, self._ranks, self._device, precision, clip)
+        self._step = Stepper(
+            objective, optimizer, self._ranks, self._device, precision, clip, masked
+        )
         self._progress = Progress()
         self._taken_up = False
         self._log: TrainingLog
@@ -254,6 +256,8 @@ class Trainer:
         if progress.batch == 0:
             progress.begin_epoch()
             self._begin(epoch)
+            if self.masked is not None:
+                self.masked.begin_epoch(epoch)
         if not self._steps(interruption):
             return False
         row = self._row()
@@ -285,8 +289,6 @@ class Trainer:
         seed_everything(seed_of(_BEGIN, self.seed, epoch))
         self.objective.train()
         self.objective.begin_epoch(epoch)
-        if self.masked is not None:
-            self.masked.begin_epoch(epoch)
 
     def _steps(self, interruption: Interruption) -> bool:
         """The steps that remain of an epoch; False if they were interrupted, with a checkpoint."""
@@ -437,8 +439,8 @@ class Trainer:
             return
         self._progress, states = found
         if self._progress.batch:
-            # What is no tensor comes from the call (a schedule's place, say); tensors are then put
-            # back to how the steps since have left them.
+            # What an objective keeps of an epoch beside its state (a schedule's place, say) comes from
+            # the call; the state is then put back to how the steps since have left it.
             self._begin(self._progress.epoch)
         for name, part in self._parts().items():
             part.load_state_dict(states[name])
