@@ -54,7 +54,9 @@ def read_checkpoint(path: Path) -> dict[str, Any] | None:
 
 def write_weights(path: Path, model: nn.Module) -> None:
     """Write parameters and buffers as safetensors, those that share memory each as its own."""
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    state = model.state_dict()
+    named = {k: v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
     try:
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)

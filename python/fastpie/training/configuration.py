@@ -26,7 +26,8 @@ def configuration_of(
         optimizer: before its first step.
         options: others, plain values.
     """
-    shapes = {k: list(v.shape) for k, v in objective.state_dict().items()}
+    state = objective.state_dict()
+    shapes = {k: list(v.shape) for k, v in state.items() if isinstance(v, torch.Tensor)}
     ids = known_sample_ids(dataset)
     groups = [
         {

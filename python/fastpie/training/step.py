@@ -133,7 +133,9 @@ def _shared(objective: Objective, device: torch.device) -> DistributedDataParall
             stacklevel=3,
         )
     # A batch may leave parameters out (a branch for boxes that none of its samples has), and which
-    # ones may differ from batch to batch; to look for them takes a walk through the graph.
+    # ones may differ from batch to batch; to look for them takes a walk through the graph, which an
+    # objective that knows better can save.
+    unused = bool(getattr(objective, "has_unused_parameters", True))
     warnings.filterwarnings("ignore", ".*find_unused_parameters=True was specified", UserWarning)
     places: list[Any] | None = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(objective, device_ids=places, find_unused_parameters=True)
+    return DistributedDataParallel(objective, device_ids=places, find_unused_parameters=unused)
