@@ -168,6 +168,16 @@ def test_the_hard_and_the_drawn() -> None:
     assert all(batch.hard.dtype == torch.bool and batch.hard.all() for batch in objective.seen)
 
 
+def test_samples_are_drawn_by_weights(tmp_path: Path) -> None:
+    weights = np.zeros(SAMPLES)
+    weights[[2, 5]] = 1.0
+    objective = Seen(trainer_of().objective.model)
+    fit(objective, Points(), draw_weights=weights, out=tmp_path)
+    assert {i for batch in objective.seen for i in batch.ids} == {"case-2", "case-5"}
+    with pytest.raises(FastpieError, match="draw_weights"):
+        fit(objective, Points(), draw_weights=weights + 1, out=tmp_path)
+
+
 def test_masked_training_is_called() -> None:
     calls: list[Any] = []
 

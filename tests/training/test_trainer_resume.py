@@ -15,6 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from fastpie import FastpieError
+from fastpie.training.masked import MaskedTraining
+from fastpie.training.masking_schedules import GradualPruning, IterativePruning
+from fastpie.training.trainer import Trainer
 from training_runs import Points, check_same, start, state_of, train, trainer_of
 
 FULL: dict[str, Any] = {"attention": "draws", "dropout": 0.3, "norm": True, "broken": (5,), "num_workers": 1}  # fmt: skip
@@ -101,6 +104,49 @@ def test_more_epochs_go_on(tmp_path: Path, undisturbed: dict[str, torch.Tensor])
     trainer = trainer_of(tmp_path, **FULL)
     assert [row["epoch"] for row in trainer.fit().history] == [0, 1, 2, 3]
     check_same(state_of(trainer), undisturbed)
+
+
+class StoppedError(Exception):
+    """A step that fails."""
+
+
+@pytest.mark.parametrize("iterative", [False, True])
+@pytest.mark.parametrize("stop", [3, 8, 13, 26])
+def test_masks_and_their_schedule_go_on(tmp_path: Path, stop: int, iterative: bool) -> None:
+    """Pruned in steps of the optimizer, and pruned and rewound by epochs; stopped in mid-epoch."""
+
+    def run(out: Path | None, stop: int) -> tuple[Any, MaskedTraining]:
+        trainer = trainer_of()
+        optimizer = torch.optim.SGD(trainer.objective.parameters(), lr=0.02, momentum=0.9)
+        schedule = (
+            IterativePruning(0.4, rewind_to=3, every=1, rounds=2)
+            if iterative
+            else GradualPruning(0.6, begin=2, end=20, every=3)
+        )
+        masked = MaskedTraining(trainer.objective.model, schedule, optimizer)
+        trainer = Trainer(
+            trainer.objective, Points(), optimizer=optimizer, epochs=4, batch_size=8, masked=masked,
+            out=out, progress=False, clip=1.0, checkpoint_minutes=0.0,
+        )  # fmt: skip
+        steps = iter(range(stop))
+
+        def count(*args: Any) -> None:
+            if next(steps, None) is None:
+                raise StoppedError
+
+        trainer.objective.register_forward_pre_hook(count)
+        trainer.fit()
+        return trainer, masked
+
+    with pytest.raises(StoppedError):
+        run(tmp_path, stop)
+    trainer, masked = run(tmp_path, 4 * 8 - stop)  # no step is taken twice
+    whole, reference = run(None, 4 * 8)
+    check_same(state_of(trainer), state_of(whole))
+    assert masked.sparsity == reference.sparsity
+    assert masked.sparsity == pytest.approx(0.64 if iterative else 0.6, abs=0.01)
+    parameters = dict(trainer.objective.model.named_parameters())
+    assert all((parameters[name][~mask] == 0).all() for name, mask in masked.masks.items())
 
 
 def test_fp16_goes_on_with_its_scale(tmp_path: Path) -> None:

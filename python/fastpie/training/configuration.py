@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpie._digest import digest_of
 from fastpie.errors import FastpieError
 from fastpie.mining.plan import digest_of_ids, fingerprint_of, ids_of, known_sample_ids
 
-__all__ = ["check_configuration", "configuration_of"]
+__all__ = ["check_configuration", "configuration_of", "digest_of_draws"]
 
 
 def configuration_of(
@@ -50,6 +51,12 @@ def configuration_of(
         "sample ids": None if ids is None else digest_of_ids(ids_of(ids)),
         "labels and preprocessing": fingerprint_of(dataset),
     }
+
+
+def digest_of_draws(weights: Any) -> str:
+    """Hash of the weights that samples are drawn by."""
+    values = torch.as_tensor(weights, dtype=torch.float64)
+    return digest_of({"draw_weights": values})
 
 
 def check_configuration(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from fastpie.errors import FastpieError
 from fastpie.mining.ranks import Ranks
 from fastpie.training.objective import Objective, TrainBatch
 from fastpie.training.randomness import seed_everything
+
+if TYPE_CHECKING:
+    from fastpie.training.masked import MaskedTraining
 
 __all__ = ["PRECISIONS", "Stepper"]
 
@@ -39,7 +42,7 @@ class Stepper:
         device: torch.device,
         precision: str,
         clip: float | None,
-        masked: Any = None,
+        masked: MaskedTraining | None = None,
     ) -> None:
         """Join the processes.
 

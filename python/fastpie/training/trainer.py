@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from fastpie.errors import FastpieError
 from fastpie.mining.interruption import Interruption
 from fastpie.mining.ranks import Ranks
-from fastpie.training.configuration import configuration_of
+from fastpie.training.configuration import configuration_of, digest_of_draws
 from fastpie.training.evaluation import evaluate_model, evaluating
 from fastpie.training.feed import Feed, Fetched
 from fastpie.training.folder import TrainingFolder
@@ -28,6 +28,10 @@ from fastpie.training.order import Cut, epoch_order
 from fastpie.training.progress import Progress, TrainResult
 from fastpie.training.randomness import generators_kept, seed_everything, seed_of
 from fastpie.training.step import PRECISIONS, Stepper
+
+if TYPE_CHECKING:
+    from fastpie.training.attention import Attention
+    from fastpie.training.masked import MaskedTraining
 
 __all__ = ["TrainResult", "Trainer"]
 
@@ -74,8 +78,9 @@ class Trainer:
         batch_size: int | None = None,
         scheduler: Any = None,
         scheduler_per_step: bool = False,
-        attention: Any = None,
-        masked: Any = None,
+        attention: Attention | None = None,
+        draw_weights: Any = None,
+        masked: MaskedTraining | None = None,
         valid: Dataset[Any] | DataLoader[Any] | None = None,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
         monitor: str | None = None,
@@ -106,6 +111,8 @@ class Trainer:
                 monitor).
             scheduler_per_step: step it after each step instead.
             attention: an `Attention`: weights, hard samples and draws; re-mines after its epochs.
+            draw_weights: fp64 [N], what each sample of an epoch is drawn in proportion to, with
+                replacement (balanced classes, `hardness_weights`); not beside an attention that draws.
             masked: a `MaskedTraining`.
             valid: labelled samples for `evaluate_model`, after each epoch.
             evaluate: a function of the model, in eval mode and without gradients, called by rank 0;
@@ -153,6 +160,7 @@ class Trainer:
         self.objective, self.optimizer, self.scheduler = objective, optimizer, scheduler
         self.attention, self.masked = attention, masked
         self.epochs, self.seed = epochs, seed
+        self._draw_weights = draw_weights
         self._per_step, self._monitor, self._patience = scheduler_per_step, monitor, patience
         self._evaluate = evaluate
         self._feed = Feed(data, batch_size=batch_size, num_workers=num_workers)
@@ -190,6 +198,7 @@ class Trainer:
                 "scheduler": None if scheduler is None else type(scheduler).__qualname__,
                 "scheduler_per_step": scheduler_per_step,
                 "attention": None if attention is None else type(attention).__qualname__,
+                "draw_weights": None if draw_weights is None else digest_of_draws(draw_weights),
                 "masked": None if masked is None else type(masked).__qualname__,
             },
         )
@@ -294,6 +303,7 @@ class Trainer:
         """The steps that remain of an epoch; False if they were interrupted, with a checkpoint."""
         progress, epoch = self._progress, self._progress.epoch
         weights = None if self.attention is None else self.attention.draw_weights()
+        weights = self._draw_weights if weights is None else weights
         order = epoch_order(self._cut.samples, self.seed, epoch, weights)
         remaining = range(progress.batch, len(self._cut))
         fetched_all = self._feed.batches(
