@@ -45,6 +45,7 @@ class Progress:
 
     Attributes:
         epoch: the one that is trained or comes next.
+        begun: whether the epoch has begun: what is done before its first batch.
         batch: the batch of it that comes next.
         loss: sum of the epoch's weighted losses so far, of this process.
         images: of the epoch so far, in all processes.
@@ -61,6 +62,7 @@ class Progress:
     """
 
     epoch: int = 0
+    begun: bool = False
     batch: int = 0
     loss: float = 0.0
     images: int = 0
@@ -76,7 +78,8 @@ class Progress:
     errors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def begin_epoch(self) -> None:
-        """Nothing of the epoch is done."""
+        """No batch of the epoch is done."""
+        self.begun = True
         self.batch = self.images = self.skipped_steps = self.skipped_batches = self.unreadable = 0
         self.loss = self.seconds = 0.0
 

@@ -262,11 +262,11 @@ class Trainer:
     def _epoch(self, interruption: Interruption) -> bool:
         """Train what remains of an epoch; False if it was interrupted, with a checkpoint."""
         progress, epoch = self._progress, self._progress.epoch
-        if progress.batch == 0:
-            progress.begin_epoch()
+        if not progress.begun:
             self._begin(epoch)
             if self.masked is not None:
                 self.masked.begin_epoch(epoch)
+            progress.begin_epoch()
         if not self._steps(interruption):
             return False
         row = self._row()
@@ -285,7 +285,7 @@ class Trainer:
         if self._patience is not None and progress.best is not None:
             progress.stopped_early = epoch - progress.best >= self._patience
         progress.history.append(row)
-        progress.epoch, progress.batch = epoch + 1, 0
+        progress.epoch, progress.begun = epoch + 1, False
         due = self._done() or progress.epoch % self._every == 0
         if self._folder is not None and (best or (self._monitor is None and due)):
             self._folder.write_weights(self.objective.model)
@@ -448,7 +448,7 @@ class Trainer:
         if found is None:
             return
         self._progress, states = found
-        if self._progress.batch:
+        if self._progress.begun:
             # What an objective keeps of an epoch beside its state (a schedule's place, say) comes from
             # the call; the state is then put back to how the steps since have left it.
             self._begin(self._progress.epoch)
