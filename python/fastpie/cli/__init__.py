@@ -1,4 +1,4 @@
-"""The command line: `fastpie prune | mine | analyze | report | bench | demo | doctor`.
+"""The command line: `fastpie prune | mine | analyze | train | report | bench | demo | doctor`.
 
 stdout is data, stderr progress and messages. Exit codes: 0 done, 1 failed, 2 bad usage.
 """
@@ -33,6 +33,7 @@ from fastpie.cli.options import (
     size_of,
     sparsities_of,
 )
+from fastpie.cli.train import train
 from fastpie.errors import FastpieError
 
 __all__ = ["main"]
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.command()(mine)
 app.command()(analyze)
 app.command()(report)
+app.command()(train)
 
 
 @app.command()

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from fastpie.data import ManifestDataset
     from fastpie.mining import MiningResult
 
-__all__ = ["STAGES", "mine"]
+__all__ = ["STAGES", "mine", "torchrun"]
 
 _GIB = 2**30
 _IMAGES_TRIED = 256
@@ -216,7 +216,7 @@ def mine(
         "cache_limit": None if cache_limit is None else int(cache_limit * _GIB),
     }
     stretch = _stretch(shard)
-    with _torchrun(device) as (rank, place):
+    with torchrun(device) as (rank, place):
         dataset = open_data(source)
         keep: bool | str = keep_features
         if keep_features and not features:
@@ -328,7 +328,7 @@ def _example(dataset: ManifestDataset) -> Tensor:  # [1, C, H, W]
 
 
 @contextmanager
-def _torchrun(device: str) -> Iterator[tuple[int, str]]:
+def torchrun(device: str) -> Iterator[tuple[int, str]]:
     """Rank and device of this process; joins the others if torchrun has started it."""
     import torch.distributed as dist
 

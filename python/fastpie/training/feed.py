@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastpie.mining.batching import image_fault, of_one_depth, reason_of
 from fastpie.mining.loading import load
@@ -45,7 +45,7 @@ class Feed(Reader):
 
     Before a sample is read, the global generators of Python, NumPy and torch are seeded from seed,
     epoch and the sample's place in the epoch, and so are those of MONAI's transforms (anything with
-    `set_random_state(seed=...)`: the data set or its `transform`). A sample that raises, or holds
+    `set_random_state(seed=...)`: the data set, one it wraps, or what these hold). A sample that raises, or holds
     NaN, or does not fit the others of its batch is left out.
 
     Items are `(image[, label[, sample_id]])` or dicts with `image`, `label`, `sample_id` and others,
@@ -231,11 +231,18 @@ def _alike(
 
 
 def _randomizable(dataset: Any) -> Sequence[Any]:
-    """What keeps random generators of its own and lets them be seeded, as MONAI's transforms."""
-    while isinstance(dataset, Subset):
-        dataset = dataset.dataset
-    candidates = (dataset, getattr(dataset, "transform", None))
-    return [c for c in candidates if callable(getattr(c, "set_random_state", None))]
+    """What keeps random generators of its own and lets them be seeded, as MONAI's transforms.
+
+    The data set, what it holds, and the data set that it wraps.
+    """
+    found: dict[int, Any] = {}
+    while dataset is not None:
+        for value in (dataset, *vars(dataset).values()) if hasattr(dataset, "__dict__") else ():
+            for candidate in value if isinstance(value, tuple) else (value,):
+                if callable(getattr(candidate, "set_random_state", None)):
+                    found[id(candidate)] = candidate
+        dataset = vars(dataset).get("dataset") if hasattr(dataset, "__dict__") else None
+    return list(found.values())
 
 
 def _pinned(found: tuple[Any, ...]) -> tuple[Any, ...]:
