@@ -213,6 +213,9 @@ class Attention:
             by_label=isinstance(per, str),
             doubt_by_class=self._guard.by_class,
         )
+        for own in (score, guard):
+            if hasattr(own, "bind"):  # CamDisagreement: it looks at the masked weights as well
+                own.bind(dual)
         trial = Findings(count, self._scoring, None)  # there are no features yet
         self._rescan.try_out(lambda batch, out: self._account(trial, batch, out))
         if self._guard.name == "probe" and dual.feature_module is None:
