@@ -206,10 +206,10 @@ class DualModel(nn.Module):
         swapped weight behind; `state` names every place itself.
         """
         others = {
-            f"{prefix}.{name}" if prefix else name: buffer.clone()
+            path: buffer.clone()
             for prefix, module in self.model.named_modules()
             for name, buffer in module._buffers.items()
-            if buffer is not None
+            if buffer is not None and (path := f"{prefix}.{name}" if prefix else name) not in state
         }
         return functional_call(self.model, {**others, **state}, args, kwargs, tie_weights=False)
 
