@@ -191,6 +191,17 @@ def test_masks_put_in_force_later_show_in_the_next_call() -> None:
     assert dual.masks == other
 
 
+def test_masks_put_in_force_leave_those_given_and_read_before_as_they_were() -> None:
+    model = ResidualCNN()
+    given = fastpie.prune(model, 0.5)
+    dual = DualModel(model, given)
+    read, want = dual.masks, fastpie.prune(model, 0.5)
+    dual.masks = fastpie.prune(model, 0.5, method="random", seed=1)
+    assert given == want
+    assert read == want
+    assert dual.masks != want
+
+
 @small
 def test_masks_given_as_a_dict_of_bools_are_taken(network: Network) -> None:
     model, x = network.build(), network.inputs()

@@ -83,8 +83,12 @@ class DualModel(nn.Module):
         self._info = dict(masks.info)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         # Buffers, so that .to() moves them and state_dict() keeps them; a name may not hold a dot.
+        # Copies: other masks are written into them.
         self._levels = Buffers(
-            {name: level.to(parameters[name].device) for name, level in masks.levels.items()}
+            {
+                name: level.to(parameters[name].device, copy=True)
+                for name, level in masks.levels.items()
+            }
         )
         self._statistics = nn.ModuleList(
             Buffers({k: v.detach().clone() for k, v in calibration.statistics_of(model).items()})
@@ -94,9 +98,9 @@ class DualModel(nn.Module):
 
     @property
     def masks(self) -> Masks:
-        """The masks in force, on the CPU."""
+        """The masks in force, a copy on the CPU."""
         return Masks(
-            {name: level.cpu() for name, level in self._levels.items()},
+            {name: level.to("cpu", copy=True) for name, level in self._levels.items()},
             self._sparsities,
             is_ladder=self._is_ladder,
             fingerprint=self._fingerprint,

@@ -18,11 +18,11 @@ __all__ = ["TrainedBranches"]
 
 
 class TrainedBranches(DualModel):
-    """A `DualModel` whose branches may have their own BatchNorm weights, and whose pruned branch is
-    trained by the sparse kernels.
+    """A `DualModel` for training: own BatchNorm weights and sparse kernels for the pruned branch.
 
     The running statistics are each branch's own in every `DualModel`. With `own_affine` the weights
-    and biases of the BatchNorm layers are too: parameters of this module, equal to the model's at first.
+    and biases of the BatchNorm layers are too: parameters of this module, equal to the model's at
+    first.
 
     The sparse kernels of `fastpie.ops.masked_conv2d` compute the pruned branch's convolutions where
     they are faster: on the CPU, in fp32 and bf16, for layers that are large and sparse enough. They

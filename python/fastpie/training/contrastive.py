@@ -88,7 +88,7 @@ class _Gathered(torch.autograd.Function):
         return torch.cat(parts, 1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         # Each process's losses depend on everyone's embeddings.
         total = gradient.clone(memory_format=torch.contiguous_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -210,7 +211,7 @@ def projection_head(width: int, widths: Sequence[int]) -> nn.Sequential:
     if len(sizes) < 2 or min(sizes) < 1:
         raise FastpieError(f"Expected widths of at least 1 of one layer or more, but got {sizes}.")
     layers: list[nn.Module] = []
-    for i, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for i, (before, after) in enumerate(itertools.pairwise(sizes)):
         if i:
             layers.append(nn.ReLU(inplace=True))
         # A bias in front of BatchNorm does nothing; the first has one as published.

@@ -51,8 +51,7 @@ class TwoViews(Dataset[Any]):
                 )
         if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
             raise FastpieError(
-                "Expected `dataset` to have items and a length, but got "
-                f"{type(dataset).__name__}."
+                f"Expected `dataset` to have items and a length, but got {type(dataset).__name__}."
             )
         self.dataset = dataset
         self._transforms = (transform, transform if second is None else second)
