@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.published_sdclr import published_network, published_step
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,88 +34,6 @@ def two_views(n: int = 6, channels: int = 3, dtype: torch.dtype = DTYPE) -> tupl
 
 
 # ---------------------------------------------------------------------------- the published step
-#
-# VITA-Group/SDCLR: models/resnet_prune.py (prune_conv2d), models/resnet_prune_multibn.py
-# (batch_norm_multiple, proj_head), utils.py (nt_xent), prune/prune_simCLR.py (train_prune), for one
-# process and with the network of the test instead of a ResNet.
-
-
-class PrunedConv(nn.Conv2d):
-    prune_mask: Tensor
-    prune_flag = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight * self.prune_mask if self.prune_flag else self.weight
-        return self._conv_forward(x, weight, self.bias)
-
-
-class TwoNorms(nn.Module):
-    """A BatchNorm for each branch."""
-
-    flag = False
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.bn_list = nn.ModuleList([norm, copy.deepcopy(norm)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn_list[int(self.flag)](x)
-
-
-def published_network(backbone: nn.Module, head: nn.Module, masks: fastpie.Masks) -> nn.Module:
-    """Backbone with the head as its last layer, rebuilt of the published layers."""
-    network = copy.deepcopy(backbone)
-    network.fc = copy.deepcopy(head)
-    for name, module in list(network.named_modules()):
-        parent, _, own = name.rpartition(".")
-        if isinstance(module, nn.Conv2d):
-            conv = PrunedConv(
-                module.in_channels, module.out_channels, module.kernel_size, module.stride,
-                module.padding, bias=module.bias is not None, dtype=DTYPE,
-            )  # fmt: skip
-            conv.load_state_dict(module.state_dict())
-            conv.prune_mask = masks[f"{name}.weight"].to(DTYPE)
-            setattr(network.get_submodule(parent), own, conv)
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            setattr(network.get_submodule(parent), own, TwoNorms(module))
-    return network
-
-
-def set_prune_flag(network: nn.Module, flag: bool) -> None:
-    for module in network.modules():
-        if isinstance(module, PrunedConv):
-            module.prune_flag = flag
-        elif isinstance(module, TwoNorms):
-            module.flag = flag
-
-
-def published_nt_xent(x: Tensor, features2: Tensor, t: float) -> Tensor:
-    n = len(x)
-    out_1, out_2 = functional.normalize(x, dim=-1), functional.normalize(features2, dim=-1)
-    out = torch.cat([out_1, out_2])
-    neg = torch.exp(out @ out.t() / t)
-    is_negative = ~torch.eye(n, dtype=torch.bool).repeat(2, 2)
-    neg = neg.masked_select(is_negative).view(2 * n, -1)
-    pos = torch.exp(torch.sum(out_1 * out_2, dim=-1) / t)
-    pos = torch.cat([pos, pos])
-    return (-torch.log(pos / (pos + neg.sum(dim=-1)))).mean()
-
-
-def published_step(network: nn.Module, view_1: Tensor, view_2: Tensor, t: float) -> Tensor:
-    """Three forward and two backward passes; gradients are left in the network."""
-    network.train()
-    with torch.no_grad():
-        set_prune_flag(network, True)
-        features_2_no_grad = network(view_2).detach()
-    set_prune_flag(network, False)
-    features_1 = network(view_1)
-    loss = published_nt_xent(features_1, features_2_no_grad, t)
-    loss.backward()
-    features_1_no_grad = features_1.detach()
-    set_prune_flag(network, True)
-    features_2 = network(view_2)
-    published_nt_xent(features_1_no_grad, features_2, t).backward()
-    return loss.detach()
 
 
 def published_names(name: str) -> tuple[str, str]:
