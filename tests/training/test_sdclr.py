@@ -315,6 +315,51 @@ def test_autocast_gives_fp32_losses() -> None:
     torch.testing.assert_close(losses, want, rtol=0.2, atol=0.2)
 
 
+def test_the_branches_draw_their_dropout_one_after_the_other() -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 2))
+    sdclr = SDCLR(backbone.train(), sparsity=0.0, projection=nn.Identity())
+    view, _ = two_views(dtype=torch.float32)
+    out = sdclr.dual.pair(view, view)
+    assert not torch.equal(out.dense == 0, out.pruned == 0)
+    both = (out.dense != 0) & (out.pruned != 0)
+    assert torch.equal(out.dense[both], out.pruned[both])  # all weights are kept
+
+
+def test_conversion_to_synchronised_batch_norm_keeps_everything() -> None:
+    sdclr = SDCLR(ResidualCNN().train(), sparsity=0.5)
+    views = two_views(dtype=torch.float32)
+    sdclr(batch_of(*views))
+    want, state = sdclr.eval()(batch_of(*views)), sdclr.state_dict()
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(sdclr)
+    assert isinstance(converted.model.bn0, nn.SyncBatchNorm)
+    assert converted.state_dict().keys() == state.keys()
+    assert torch.equal(converted(batch_of(*views)), want)  # SyncBatchNorm trains on GPUs alone
+
+
+# Dynamo asks for the gradient of what it passes from one graph to the next.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_torch_compile_gives_the_same_gradients_and_compiles_once() -> None:
+    from torch._dynamo.utils import counters
+
+    sdclr = SDCLR(ResidualCNN().train(), sparsity=0.5)
+    other = copy.deepcopy(sdclr)
+    counters.clear()
+    compiled = torch.compile(other, backend="aot_eager")
+    graphs = []
+    for step in range(3):
+        views = two_views(dtype=torch.float32)
+        for objective, run in ((sdclr, sdclr), (other, compiled)):
+            objective.begin_epoch(step)
+            objective.zero_grad()
+            run(batch_of(*views)).mean().backward()
+            torch.optim.SGD(objective.parameters(), 0.01).step()
+        for a, b in zip(sdclr.parameters(), other.parameters(), strict=True):
+            if a.grad is not None:
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-3)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1] > 1
+
+
 def test_bad_input() -> None:
     backbone = ResidualCNN()
     with pytest.raises(FastpieError, match="temperature"):

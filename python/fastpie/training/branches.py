@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from fastpie.dual.inputs import as_arguments
 from fastpie.dual.model import DualModel
+from fastpie.dual.output import DualOutput
 from fastpie.ops import masked_conv1d, masked_conv2d, masked_conv3d, masked_linear
+from fastpie.ops.masked_conv_sparse import FORWARD_DENSITY
 from fastpie.pruning.masks import Masks
 
 __all__ = ["TrainedBranches"]
@@ -26,14 +29,13 @@ class TrainedBranches(DualModel):
 
     The sparse kernels of `fastpie.ops.masked_conv2d` compute the pruned branch's convolutions where
     they are faster: on the CPU, in fp32 and bf16, for layers that are large and sparse enough. They
-    round otherwise than torch's.
+    round otherwise than torch's. In what torch.compile compiles torch's kernels are used.
     """
 
     def __init__(
         self,
         model: nn.Module,
         masks: Masks | Mapping[str, Tensor],
-        features: str | None = None,
         *,
         own_affine: bool = False,
         sparse_kernels: bool = True,
@@ -41,13 +43,12 @@ class TrainedBranches(DualModel):
         """Make the branches; `model` is left as it was.
 
         Args:
-            model: see `DualModel`, as the following.
-            masks: of one level.
-            features: see `DualModel`.
+            model: see `DualModel`.
+            masks: likewise.
             own_affine: whether the pruned branch has its own BatchNorm weights and biases.
             sparse_kernels: whether sparse kernels are used.
         """
-        super().__init__(model, masks, features)
+        super().__init__(model, masks)
         self.sparse_kernels = sparse_kernels
         own = _batch_norm_affine(model) if own_affine else {}
         self._affine = nn.ParameterDict(
@@ -59,7 +60,24 @@ class TrainedBranches(DualModel):
                 for name, p in own.items()
             }
         )
-        self._kept: dict[str, Tensor] = {}
+        self._kept: dict[str, tuple[Tensor, float]] = {}
+
+    def pair(self, x_dense: Any, x_pruned: Any) -> DualOutput:
+        """Each branch on its own input, in one graph.
+
+        Unlike a `DualModel`'s, the branches draw their dropout one after the other: they see different
+        images anyway, and without a look at the generators torch.compile gets it in one graph.
+
+        Args:
+            x_dense: input of the dense branch; a tuple is spread over its positional arguments.
+            x_pruned: input of the pruned branch, likewise.
+        """
+        dense = self.model(*as_arguments(x_dense))
+        pruned = [
+            self.run_pruned(self.pruned_state(level), as_arguments(x_pruned))
+            for level in range(len(self.sparsities))
+        ]
+        return DualOutput(dense, self.stack_levels(pruned), None)
 
     def pruned_state(self, level: int) -> dict[str, Tensor]:
         """The pruned branch's tensors by name, its own BatchNorm weights among them."""
@@ -82,18 +100,27 @@ class TrainedBranches(DualModel):
         if not self.sparse_kernels or self.is_ladder or torch.compiler.is_compiling():
             return {}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        return {
-            id(state[name]): (parameters[name], self._mask_of(name, codes))
-            for name, codes in self.levels()
-            if codes.device.type == "cpu" and name in state
-        }
+        masked: dict[int, tuple[Tensor, Tensor]] = {}
+        for name, codes in self.levels():
+            if codes.device.type != "cpu" or name not in state:
+                continue
+            keep, density = self._mask_of(name, codes)
+            if (
+                density < FORWARD_DENSITY
+            ):  # else masked_conv2d multiplies once more than torch has to
+                masked[id(state[name])] = parameters[name], keep
+        return masked
 
-    def _mask_of(self, name: str, codes: Tensor) -> Tensor:
-        """The same tensor as long as the mask is the same: packed weights are kept by its address."""
+    def _mask_of(self, name: str, codes: Tensor) -> tuple[Tensor, float]:
+        """A mask and its density, the same tensor as long as the mask is the same.
+
+        Packed weights are kept by its address. It is never changed in place: a graph may have saved it.
+        """
         keep = codes > 0
         known = self._kept.get(name)
-        if known is None or not torch.equal(known, keep):
-            self._kept[name] = known = keep  # never in place: a graph may have saved the old one
+        if known is None or not torch.equal(known[0], keep):
+            known = keep, keep.sum().item() / max(1, keep.numel())
+            self._kept[name] = known
         return known
 
 

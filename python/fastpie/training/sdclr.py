@@ -40,6 +40,7 @@ class SDCLR(Objective):
 
     * the published step updates the running statistics of the pruned branch twice with the same
       batch, as one update of momentum ``1 - (1 - m)^2`` does. Training does not read them.
+    * with dropout its two pruned passes differ, so that its two losses do.
     * exactly `round(sparsity * n)` weights go, there all below the magnitude of rank
       `ceil(sparsity * n)`.
     * on the CPU sparse kernels compute the pruned branch where they are faster.
@@ -53,17 +54,19 @@ class SDCLR(Objective):
         sdclr = SDCLR(backbone)  # a network with a last linear layer
         views = TwoViews(dataset, augment)
         ...  # train it as any `Objective`, by all of sdclr.parameters()
-        backbone.fc = nn.Linear(512, classes)  # the backbone keeps its trained weights: fine-tune,
-        backbone.requires_grad_(False).fc.requires_grad_(True)  # or train this layer alone
 
-    Which samples the pruned network embeds otherwise (`drift`)::
+    The backbone, `model`, keeps the trained weights and the BatchNorm of the dense branch, as the
+    published evaluation takes them: replace its last layer and fine-tune it by `Supervised`, or
+    freeze all else and keep it in eval mode to probe it. Which samples the pruned network embeds
+    otherwise (`drift`) is mined before that::
 
         dual = fastpie.DualModel(sdclr.model, sdclr.masks, features=sdclr.features)
         fastpie.mine(dual, dataset, out="run/", task="embedding")
 
     Checkpointing of activations inside the backbone is not possible: it would run the pruned branch
     again without its masks. A last layer behind the features gets no gradient:
-    DistributedDataParallel needs ``find_unused_parameters=True`` then (`has_unused_parameters`).
+    DistributedDataParallel needs ``find_unused_parameters=True`` then (`has_unused_parameters`), and
+    torch.compile makes its gradient zero instead of None, so that weight decay moves it.
 
     Attributes:
         features: the backbone's features by name, or None for its output.
@@ -194,7 +197,8 @@ class SDCLR(Objective):
         self.masks_epoch.fill_(epoch)
 
     def _choose_masks(self, backbone: nn.Module, epoch: int) -> Masks:
-        return prune(backbone, float(self.sparsity), seed=self._seed + epoch, **self._prune)  # type: ignore[arg-type]
+        seed = self._seed + epoch if self._prune["method"] == "random" else None
+        return prune(backbone, float(self.sparsity), seed=seed, **self._prune)  # type: ignore[arg-type]
 
 
 def projection_head(width: int, widths: Sequence[int]) -> nn.Sequential:
