@@ -4,6 +4,7 @@ from fastpie.training.attention import Attention
 from fastpie.training.boxes import BoxLoss, SupervisedBoxes, box_disagreement
 from fastpie.training.care import CARE
 from fastpie.training.consistency import Consistency, consistency
+from fastpie.training.contrastive import nt_xent
 from fastpie.training.criteria import class_counts, criterion
 from fastpie.training.epoch_sampler import EpochSampler
 from fastpie.training.masked import MaskedTraining
@@ -48,5 +49,6 @@ __all__ = [
     "consistency",
     "criterion",
     "hardness_weights",
+    "nt_xent",
     "segmentation_loss",
 ]
