@@ -1,51 +1,32 @@
-"""`fastpie train`: configurations, recipes, and what is said of wrong ones."""
+"""`fastpie train`: the examples, stages, mining with what was trained, resuming, torchrun."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-from fastpie import FastpieError
-
-pytest.importorskip("pydantic")
-yaml = pytest.importorskip("yaml")
-
-from fastpie.training.config import read_config
+from fastpie.demo import make_data, small_resnet
 
 Call = Callable[..., SimpleNamespace]
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CODE = """
-import torch
-from torch import nn
-
-
-def network(width=8):
-    return nn.Sequential(
-        nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(),
-        nn.Linear(16 * width, 3),
-    )
-
-
-def augment(noise=0.05):
-    return lambda image: image + noise * torch.randn(image.shape)
-"""
+SHORT = ["--set", "epochs=1", "--set", "batch_size=128"]
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], project: Path) -> Call:
-    monkeypatch.syspath_prepend(project)
-    monkeypatch.chdir(project)
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
+    """Calls the entry point in this process (a new one imports torch for seconds)."""
 
     def call(*arguments: Any) -> SimpleNamespace:
         from fastpie import cli
@@ -62,185 +43,156 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], proj
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of three classes that a small network can tell apart."""
+    """The examples beside the data of the demo."""
     root = tmp_path_factory.mktemp("project")
-    (root / "train_network.py").write_text(CODE)
-    generator = np.random.default_rng(5)
-    with (root / "images.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "kind", "split"])
-        for i in range(72):
-            pixels = generator.integers(0, 90, (12, 12), dtype=np.uint8)
-            pixels[:, 4 * (i % 3) : 4 * (i % 3) + 4] += 140
-            Image.fromarray(pixels).save(root / f"{i}.png")
-            writer.writerow([f"{i}.png", "abc"[i % 3], "valid" if i % 4 == 0 else "train"])
+    make_data(root / "demo-run", 0)
+    shutil.copytree(EXAMPLES, root / "examples")
     return root
 
 
-def config(folder: Path, **changes: Any) -> Path:
-    values: dict[str, Any] = {
-        "model": {"factory": "train_network:network"},
-        "data": {
-            "train": "images.csv",
-            "train_split": "train",
-            "valid_split": "valid",
-            "manifest": {"labels": "kind"},
-            "preprocessing": {"size": [12, 12], "channels": 1, "mean": [0.4], "std": [0.3]},
-            "augment": "train_network:augment",
-            "augment_args": {"noise": 0.1},
-        },
-        "optimizer": {"name": "AdamW", "lr": 0.01},
-        "epochs": 4,
-        "batch_size": 9,
-        "out": str(folder / "run"),
-    }
-    for name, value in changes.items():
-        if isinstance(value, dict) and isinstance(values.get(name), dict):
-            values[name] = {**values[name], **value}
-        else:
-            values[name] = value
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in values.items() if v is not None}))
-    return path
-
-
-def test_trains_and_goes_on(cli: Call, tmp_path: Path) -> None:
-    path = config(tmp_path, scheduler={"name": "StepLR", "step_size": 2})
-    done = cli("train", "--config", path, "--json")
+@pytest.mark.parametrize(
+    ("name", "more", "stages"),
+    [
+        ("plain", ["epochs=2"], 1),
+        ("attention", ["epochs=2", "attention.warmup=1", "attention.every=1"], 1),
+        ("few_labels", ["recipe.threshold=0.2"], 1),
+        ("sdclr", ["then.epochs=1", "then.batch_size=128"], 2),
+        ("masked", ["masks={name: gradual, final: 0.9, begin: 0, end: 3, every: 1}"], 1),
+    ],
+)
+def test_an_example_trains_and_its_weights_can_be_mined(
+    cli: Call, project: Path, tmp_path: Path, name: str, more: list[str], stages: int
+) -> None:
+    out = tmp_path / "run"
+    sets = [part for text in more for part in ("--set", text)]
+    command = ["train", "--config", project / "examples" / f"{name}.yaml", "--out", out]
+    done = cli(*command, *SHORT, *sets, "--json")
     assert done.code == 0, done.err
-    (found,) = json.loads(done.out)["trainings"]
-    assert found["epochs"] == 4
-    assert found["last"]["valid_accuracy"] > 0.9
-    assert found["last"]["lr"] == pytest.approx(1e-3)
-    run = tmp_path / "run"
-    assert {"checkpoint.pt", "model.safetensors", "log.csv"} <= {p.name for p in run.iterdir()}
-    again = cli("train", "--config", path)
-    assert again.code == 0
-    assert again.out.strip() == str(run)
-    assert "4 epochs" in again.err
-    other = cli("train", "--config", config(tmp_path, seed=1))
+    data = json.loads(done.out)
+    assert data == json.loads((out / "result.json").read_text())
+    assert len(data["epochs"]) == stages
+    assert 0 <= data["test"]["balanced_accuracy"] <= 1
+    assert (out / "config.yaml").is_file()
+    weights = load_file(data["weights"])
+    model = small_resnet()
+    model.load_state_dict(weights)
+    if name == "masked":
+        convolutions = [w for w in weights.values() if w.ndim > 1]
+        removed = sum(int((w == 0).sum()) for w in convolutions)
+        assert removed == round(0.9 * sum(w.numel() for w in convolutions))
+    if name == "attention":
+        with (out / "log.csv").open() as file:
+            assert all(float(row["mining_seconds"]) > 0 for row in csv.DictReader(file))
+    if name != "plain":
+        return
+    again = cli(*command, *SHORT, *sets)  # done: nothing is trained, the same is printed
+    assert again.code == 0, again.err
+    assert f"test_accuracy            {data['test']['accuracy']:.4f}" in again.out
+    assert load_file(data["weights"])["0.weight"].equal(weights["0.weight"])
+    other = cli(*command, *SHORT, *sets, "--set", "optimizer.lr=0.01", "--set", "scheduler=null")
     assert other.code == 1
-    assert "seed: 0 there, 1 now" in other.err
-
-
-def test_the_model_is_what_was_trained(cli: Call, tmp_path: Path, project: Path) -> None:
-    assert cli("train", "--config", config(tmp_path, epochs=2)).code == 0
-    weights = tmp_path / "run" / "model.safetensors"
-    done = cli(
-        "train", "--config", config(tmp_path, epochs=1, model={"weights": str(weights)}), "--out",
-        tmp_path / "second", "--json",
+    assert "differs" in other.err
+    mined = cli(
+        "mine", "--model", "fastpie.demo:small_resnet", "--weights", data["weights"],
+        "--data", project / "demo-run/train.csv", "--labels", "label", "--channels", "1",
+        "--sparsity", "0.5", "--no-report", "--out", tmp_path / "mined",
     )  # fmt: skip
-    assert done.code == 0, done.err
-    assert json.loads(done.out)["trainings"][0]["last"]["loss"] < 0.9
-    assert load_file(tmp_path / "second" / "model.safetensors").keys() == load_file(weights).keys()
+    assert mined.code == 0, mined.err
+    assert len(mined.out.split()) == 22
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"criterion": {"name": "ldam"}},
-        {"recipe": {"name": "mean_teacher", "weight": 0.5}},
-        {"recipe": {"name": "care", "layer": "0", "rare_classes": [2], "boxes": "saliency"}},
-        {"recipe": {"name": "consistency"}, "attention": {"attend": "consistency", "warmup": 1}},
-        {"attention": {"attend": "oversample", "warmup": 1, "every": 1}},
-        {"masks": {"sparsity": 0.5}},
-        {"masks": {"sparsity": 0.5, "begin": 1, "end": 5, "every": 2}},
-        {"precision": "bf16", "clip": 1, "patience": 1},
-    ],
-)
-def test_recipes(cli: Call, tmp_path: Path, changes: dict[str, Any]) -> None:
-    done = cli("train", "--config", config(tmp_path, epochs=2, **changes), "--json")
-    assert done.code == 0, done.err
-    (found,) = json.loads(done.out)["trainings"]
-    assert np.isfinite(found["last"]["loss"])
-    if "masks" in changes:
-        weights = load_file(tmp_path / "run" / "model.safetensors")
-        removed = sum(int((weights[name] == 0).sum()) for name in ("0.weight", "5.weight"))
-        assert removed == round(0.5 * (weights["0.weight"].numel() + weights["5.weight"].numel()))
-
-
-def test_two_stages(cli: Call, tmp_path: Path) -> None:
-    pytest.importorskip("pytorch_metric_learning")
-    done = cli(
-        "train", "--config", config(tmp_path, epochs=2, recipe={"name": "two_stage"}), "--json"
-    )
-    assert done.code == 0, done.err
-    assert len(json.loads(done.out)["trainings"]) == 2
-    first, second = (
-        load_file(tmp_path / "run" / f"stage-{n}" / "model.safetensors") for n in (1, 2)
-    )
-    last = torch.load(tmp_path / "run" / "stage-1" / "checkpoint.pt")["parts"]["objective"]
-    assert torch.equal(last["model.0.weight"], second["0.weight"])
-    assert not torch.equal(first["5.weight"], second["5.weight"])
-
-
-def test_contrastive(cli: Call, tmp_path: Path) -> None:
-    done = cli("train", "--config", config(tmp_path, epochs=2, recipe={"name": "sdclr"}), "--json")
-    assert done.code == 0, done.err
-    assert "valid_loss" not in json.loads(done.out)["trainings"][0]["last"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epoch": 3}, "`epoch` is not known"),
-        ({"epochs": None}, "`epochs` is missing"),
-        ({"epochs": "ten"}, "`epochs`: .* but got 'ten'"),
-        ({"epochs": 0}, "`epochs`: .* greater than or equal to 1, but got 0"),
-        ({"optimizer": {"name": None}}, "`optimizer.name`"),
-        ({"model": {"factory": "network"}}, "`model.factory`"),
-        ({"data": {"trian": "x"}}, "`data.trian` is not known"),
-        ({"precision": "fp8"}, "`precision`: .* but got 'fp8'"),
-        ({"masks": {"sparsity": 0.5, "begin": 3}}, "`masks`: `begin` and `end` go together"),
-    ],
-)
-def test_a_wrong_configuration_is_bad_usage(
-    cli: Call, tmp_path: Path, changes: dict[str, Any], message: str
+def test_check_builds_everything_and_trains_nothing(
+    cli: Call, project: Path, tmp_path: Path
 ) -> None:
-    path = config(tmp_path, **changes)
-    with pytest.raises(FastpieError, match=message):
-        read_config(path)
-    done = cli("train", "--config", path)
-    assert done.code == 2
-    assert "--config" in done.err
+    command = ["train", "--config", project / "examples/sdclr.yaml", "--out", tmp_path / "run"]
+    done = cli(*command, "--check", "--json")
+    assert done.code == 0, done.err
+    data = json.loads(done.out)
+    assert data["then"]["recipe"] == {"name": "supervised"}
+    assert "364 train, 79 valid, 500 test" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("override", "code", "message"),
     [
-        ({"optimizer": {"momentun": 1}}, "Expected other options in `optimizer`"),
-        ({"optimizer": {"name": "Adamm"}}, "`optimizer.name` to be one of"),
-        ({"optimizer": {"lr": -1.0}}, "`optimizer`: Invalid learning rate"),
-        ({"scheduler": {"name": "Cosine"}}, "`scheduler.name` to be one of"),
-        ({"criterion": {"name": "hinge"}}, "`criterion`: "),
-        ({"recipe": {"name": "magic"}}, "`recipe.name` to be one of"),
-        ({"recipe": {"name": "care"}}, "Expected other options in `recipe`"),
-        ({"attention": {"warmupp": 1}}, "Expected other options in `attention`"),
-        ({"data": {"augment": "train_network:nothing"}}, "`data.augment`"),
-        ({"data": {"preprocessing": {"sizes": 3}}}, "other options in `data`"),
+        ("nonsense", 2, "--set"),
+        ("epochs=x", 1, "plain.yaml: Expected `epochs`"),
+        ("criterion.gamma=1", 1, "`criterion.gamma` to be an option of logit_adjusted"),
+        ("criterion.tau=x", 1, "`criterion.tau`"),
+        ("attention.warmup=0", 1, "`attention.warmup`"),
+        ("attention.per=sex", 1, "`attention.per`"),
+        ("optimizer.lr=-1", 1, "`optimizer` that can be used"),
+        ("model=fastpie.demo:large_resnet", 1, "`model.factory`"),
+        ("model.weights=none.safetensors", 1, "`model.weights`"),
+        ("data.valid.split=dev", 1, "`data.valid`"),
+        ("data.valid={split: train}", 1, "`data.valid` to have no image of the training set"),
+        ("data.train.source=none.csv", 1, "`data.train`"),
+        ("recipe={name: care, layer: nowhere, rare_classes: [9]}", 1, "`recipe.layer`"),
+        ("augment=['fastpie.demo:nothing']", 1, "`augment.0`"),
     ],
 )
-def test_wrong_options_name_their_section(
-    cli: Call, tmp_path: Path, changes: dict[str, Any], message: str
+def test_what_cannot_be_built_is_named(
+    cli: Call, project: Path, tmp_path: Path, override: str, code: int, message: str
 ) -> None:
-    done = cli("train", "--config", config(tmp_path, **changes))
-    assert done.code == 1
-    assert message in done.err
+    config = project / "examples/plain.yaml"
+    done = cli("train", "--config", config, "--set", override, "--out", tmp_path / "run", "--check")
+    assert done.code == code, done.err
+    assert message in " ".join(done.err.split())
+    assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_examples_are_right(example: Path) -> None:
-    found = read_config(example)
-    assert isinstance(found.optimizer.options["lr"], float)
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "{recipe: {name: care, layer: '5', rare_classes: [8, 9], boxes: saliency}}",
+        "{recipe: weakly_supervised, attention: {score: cam, warmup: 1}}",
+        "{recipe: {name: consistency, strength: 0.5}, criterion: focal, precision: bf16}",
+        "{recipe: metric_learning, then: {recipe: head_retraining, draw: balanced}}",
+        "{masks: {name: iterative, fraction: 0.5, every: 1}, attention: {per: path, warmup: 1}}",
+        "{masks: {name: fixed, sparsity: 0.9, exclude: ['0']}, criterion: ldam, draw: balanced}",
+    ],
+)
+def test_other_recipes_train(cli: Call, project: Path, tmp_path: Path, recipe: str) -> None:
+    from fastpie.training.config_file import parse_overrides
+
+    fields = parse_overrides([f"x={recipe}"])["x"]
+    sets = [part for k, v in fields.items() for part in ("--set", f"{k}={json.dumps(v)}")]
+    config = project / "examples/plain.yaml"
+    done = cli("train", "--config", config, "--out", tmp_path / "run", *SHORT, *sets, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["epochs"] == [1] * (1 + ("then" in fields))
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
-    path = tmp_path / "x.yaml"
-    with pytest.raises(FastpieError, match="a configuration in"):
-        read_config(path)
-    path.write_text("a: [1, 2")
-    with pytest.raises(FastpieError, match="a configuration in"):
-        read_config(path)
-    path.write_text("- 1\n")
-    with pytest.raises(FastpieError, match="but got list"):
-        read_config(path)
+def test_samples_are_left_out(cli: Call, project: Path, tmp_path: Path) -> None:
+    with (project / "demo-run/train.csv").open() as file:
+        ids = [row["sample_id"] for row in csv.DictReader(file)]
+    (tmp_path / "out.txt").write_text("\n".join(ids[:40]))
+    (tmp_path / "out.csv").write_text("rank,sample_id\n" + "".join(f"0,{i}\n" for i in ids[:40]))
+    for name in ("out.txt", "out.csv"):
+        done = cli(
+            "train", "--config", project / "examples/masked.yaml", "--check",
+            "--set", f"data.train.leave_out={tmp_path / name}",
+        )  # fmt: skip
+        assert done.code == 0, done.err
+        assert f"{len(ids) - 40} train, 500 test" in done.err
+
+
+def test_under_torchrun(project: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "-m", "fastpie", "train", "--json"]
+    command += ["--config", str(project / "examples/masked.yaml"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, *SHORT, "--set", "masks=null"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=project,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = json.loads(done.stdout)  # from one process alone
+    assert data["epochs"] == [1]
+    assert torch.isfinite(load_file(data["weights"])["0.weight"]).all()
+    assert done.stderr.count("parameters to train") == 1

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from fastpie.cli.options import (
     size_of,
     sparsities_of,
 )
+from fastpie.cli.processes import torchrun
 from fastpie.errors import FastpieError
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from fastpie.data import ManifestDataset
     from fastpie.mining import MiningResult
 
-__all__ = ["STAGES", "mine", "torchrun"]
+__all__ = ["STAGES", "mine"]
 
 _GIB = 2**30
 _IMAGES_TRIED = 256
@@ -325,29 +324,6 @@ def _example(dataset: ManifestDataset) -> Tensor:  # [1, C, H, W]
         f"Expected images to find the stages of the network with, but none of the first "
         f"{min(len(dataset), _IMAGES_TRIED)} can be read."
     )
-
-
-@contextmanager
-def torchrun(device: str) -> Iterator[tuple[int, str]]:
-    """Rank and device of this process; joins the others if torchrun has started it."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield 0, device
-        return
-    import torch
-
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if device.startswith("cuda") and torch.cuda.is_available():
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl")
-    else:
-        dist.init_process_group("gloo")
-    try:
-        yield dist.get_rank(), device
-    finally:
-        dist.destroy_process_group()
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -2,85 +2,85 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastpie.cli.data import open_data
-from fastpie.cli.mine import torchrun
-from fastpie.cli.options import Json, load_model, messages, print_json
+from fastpie.cli.options import Json, messages, print_json
+from fastpie.cli.processes import torchrun
 from fastpie.errors import FastpieError
+
+if TYPE_CHECKING:
+    from fastpie.training.stages import TrainOutcome
 
 __all__ = ["train"]
 
 
 def train(
-    config: Annotated[Path, typer.Option(help="YAML file; see examples/.")],
-    out: Annotated[str | None, typer.Option(help="Folder, instead of the file's.")] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1, ... Under torchrun cuda is one GPU a process.")
-    ] = "cpu",
+    config: Annotated[
+        Path, typer.Option(help="YAML file; see examples/ and docs/tutorials/train.md.")
+    ],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field to replace: --set epochs=3 --set attention.every=2."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder, instead of the file's; a training begun in it is gone on with."),
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Build everything, print the whole configuration, and end."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a network by a configuration; an interrupted training goes on."""
-    from fastpie.training.config import read_config
-    from fastpie.training.recipes import trainers
+    """Train as a YAML file says, also on what is mined as the training goes on."""
+    from fastpie.training.config_file import config_data, config_text, parse_overrides, read_config
+    from fastpie.training.configured import ConfiguredTraining
+    from fastpie.training.stages import train_configured
 
     try:
-        settings = read_config(config)
+        overrides = parse_overrides(set_ or [])
     except FastpieError as error:
-        raise typer.BadParameter(str(error), param_hint="--config") from error
+        raise typer.BadParameter(str(error), param_hint="--set") from error
     if out is not None:
-        settings = settings.model_copy(update={"out": out})
-    data = settings.data
-    source = {
-        "source": data.train,
-        "split": data.train_split,
-        "manifest": data.manifest,
-        "preprocessing": data.preprocessing,
-        "cache": data.cache,
-        "cache_limit": None,
-    }
-    with torchrun(device) as (rank, place):
-        import torch
+        overrides["out"] = str(out.resolve())
+    checked = read_config(config, overrides)
+    with torchrun(checked.device) as (rank, device):
 
-        torch.manual_seed(settings.seed)  # what the factory draws, in every process alike
-        try:
-            train_set, valid_set = open_data(source), None
-            if data.valid is not None or data.valid_split:
-                valid_set = open_data(
-                    {**source, "source": data.valid or data.train, "split": data.valid_split}
-                )
-        except TypeError as error:
-            raise FastpieError(f"Expected other options in `data`: {error}.") from error
-        model = settings.model
-        weights = None if model.weights is None else Path(model.weights)
-        network = load_model(model.factory, json.dumps(model.args), weights, False, quiet=True).to(
-            place
-        )
-        results: list[dict[str, Any]] = []
-        for trainer in trainers(settings, network, train_set, valid_set, place):
-            result = trainer.fit()
-            results.append(
-                {
-                    "epochs": result.epoch,
-                    "best": result.best,
-                    "stopped_early": result.stopped_early,
-                    "errors": len(result.errors),
-                    "last": result.history[-1] if result.history else None,
-                }
-            )
-        if rank:
+        def say(text: str) -> None:
+            if rank == 0:
+                messages.print(text, markup=False)
+
+        if not check:
+            outcome = train_configured(checked, device=device, say=say)
+            if rank == 0:
+                _print_outcome(outcome, as_json)
             return
+        for stage in checked.stages:
+            for line in ConfiguredTraining(stage, None, device=device).summary():
+                say(line)
+        if rank == 0 and as_json:
+            print_json(config_data(checked))
+        elif rank == 0:
+            typer.echo(config_text(checked), nl=False)
+
+
+def _print_outcome(outcome: TrainOutcome, as_json: bool) -> None:
+    data = outcome.data()
     if as_json:
-        print_json({"out": settings.out, "trainings": results})
+        print_json(data)
         return
-    for found in results:
-        row = found["last"] or {}
-        told = ("loss", "accuracy", "valid_map", "valid_mauroc")
-        figures = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if k.endswith(told))
-        best = "" if found["best"] is None else f"; best epoch {found['best']}"
-        messages.print(f"{found['epochs']} epochs{best}: {figures}", markup=False)
-    typer.echo(settings.out)
+    best = data["best_epoch"]
+    rows: dict[str, Any] = {
+        "epochs": " + ".join(map(str, data["epochs"])),
+        "best epoch": "none compared, the last one kept" if best is None else best,
+        **data["metrics"],
+        **{f"test_{name}": value for name, value in (data["test"] or {}).items()},
+        "weights": data["weights"],
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        text = f"{value:.4f}" if isinstance(value, float) else str(value)
+        typer.echo(f"{name:<{width}}  {text}")

@@ -1,149 +1,262 @@
-"""The configuration of `fastpie train`: what may stand in the file, checked before anything is read."""
+"""What a training's YAML file may say, as pydantic models (the extra `fastpie[train]`).
+
+Types, ranges and unknown keys are checked here; `fastpie.training.config_file` reads the file, and
+`fastpie.training.configured` builds the training. Options of what is chosen by name (an optimizer, a
+recipe) are checked against the signature of what they are handed to (`fastpie.training.recipes`).
+"""
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastpie._extras import load_extra
-from fastpie.errors import FastpieError
 
-load_extra("pydantic", "train", "fastpie train")
+load_extra("pydantic", "train", "training by a configuration")
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator  # noqa: RUF100
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    model_validator,
+)
+from typing_extensions import Self
 
-__all__ = ["Config", "Named", "read_config"]
+from fastpie.training.fields import Place
+
+__all__ = [
+    "PARTS",
+    "DataConfig",
+    "ModelConfig",
+    "Named",
+    "Scheduled",
+    "SourceConfig",
+    "TrainConfig",
+]
+
+PARTS = ("train", "valid", "test", "unlabelled")
+"""Of the data."""
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list | None) else [value]
+
+
+def _square(value: Any) -> Any:
+    return [value, value] if type(value) is int else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
+Numbers = Annotated[list[float], BeforeValidator(_listed)]
+Sides = Annotated[
+    list[Annotated[int, Field(ge=1)]],
+    BeforeValidator(_square),
+    Field(min_length=2, max_length=3),
+]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, and text is no number."""
+    """Refuses unknown keys, and text where a number belongs."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-class Named(BaseModel):
-    """A name, and beside it the options of what it names."""
+class Named(Section):
+    """Something by its name, or `package.module:factory`, with options; text alone is a name."""
 
     model_config = ConfigDict(extra="allow")
     name: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @property
     def options(self) -> dict[str, Any]:
-        """All but the name."""
+        """Beside the name."""
         return dict(self.model_extra or {})
 
 
-class Model(Section):
-    """The network: `package.module:factory`, its arguments, and weights to begin with."""
+class Scheduled(Named):
+    """A scheduler of the learning rate.
 
-    factory: str = Field(pattern=r"^[\w.]+:\w+$")
+    Attributes:
+        per: after what it is stepped.
+    """
+
+    per: Literal["step", "epoch"] = "epoch"
+
+
+class ModelConfig(Section):
+    """What builds the network.
+
+    Attributes:
+        factory: `package.module:factory`.
+        args: its keyword arguments.
+        weights: to begin with, .safetensors.
+        output: key or index of the logits in a dict or tuple output.
+    """
+
+    factory: str
     args: dict[str, Any] = {}
     weights: str | None = None
-    output: str | int | None = None
+    output: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_text(cls, value: Any) -> Any:
+        return {"factory": value} if isinstance(value, str) else value
 
 
-class Data(Section):
-    """Images: as for `fastpie mine`; `manifest` are options of `fastpie.data.read_manifest`.
+class SourceConfig(Section):
+    """Samples, as the options of `fastpie mine` name them.
 
-    `valid` is another manifest, or with `valid_split` alone the same one; `augment` is
-    `package.module:factory`, called with `augment_args`, of a function from image to image.
+    Attributes:
+        source: manifest, folder of class folders, tar shards, or a data set's own label files.
+        factory: instead, `package.module:factory` of a data set (masks, boxes, several inputs).
+        args: its keyword arguments.
+        split: only the samples of this split.
+        splits: shares of new splits by name, by groups where there are any; then name one by `split`.
+        leave_out: file with the ids of samples to leave out: a line each, or a CSV's column
+            `sample_id`.
+        format: see `fastpie.data.read_manifest`, as the following.
+        root: likewise.
+        labels: label column; multilabel: columns.
+        task: "multiclass", "multilabel", and of a factory's data set "segmentation".
+        classes: names in the order of the model's outputs.
+        path_column: likewise.
+        uncertain: likewise.
+        manifest_args: more arguments of `read_manifest`.
+        size: to resize to: a side, [height, width], or of volumes [depth, height, width].
+        mean: see `fastpie.data.Preprocessing`, as the following.
+        std: likewise.
+        channels: likewise.
+        window: likewise.
+        cache: folder of decoded images.
+        cache_limit: GiB that it may take.
     """
 
-    train: str
-    train_split: str = ""
-    valid: str | None = None
-    valid_split: str = ""
-    manifest: dict[str, Any] = {}
-    preprocessing: dict[str, Any] = {}
+    source: str | None = None
+    factory: str | None = None
+    args: dict[str, Any] = {}
+    split: str | None = None
+    splits: dict[str, Weight] | None = None
+    leave_out: str | None = None
+    format: str = "auto"
+    root: str | None = None
+    labels: Names | None = None
+    task: Literal["multiclass", "multilabel", "segmentation"] | None = None
+    classes: list[str] | None = None
+    path_column: str = "path"
+    uncertain: str | None = None
+    manifest_args: dict[str, Any] = {}
+    size: Sides | None = None
+    mean: Numbers = [0.0]
+    std: Numbers = [1.0]
+    channels: Literal[1, 3] = 3
+    window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     cache: str | None = None
-    augment: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
-    augment_args: dict[str, Any] = {}
+    cache_limit: Positive | None = None
+
+    def over(self, common: SourceConfig) -> SourceConfig:
+        """What is said here, and of the rest what is said in `common`."""
+        names = common.model_fields_set & SourceConfig.model_fields.keys()
+        if self.factory is not None:
+            names -= {"source", "split", "splits"}
+        given = {name: getattr(common, name) for name in names}
+        given |= {name: getattr(self, name) for name in self.model_fields_set}
+        return SourceConfig.model_construct(_fields_set=set(given), **given)
 
 
-class Masks(Section):
-    """Removed weights: `sparsity` from the start, or reached between two steps."""
+class DataConfig(SourceConfig):
+    """Which samples are for what; options beside these hold for all of them.
 
-    sparsity: float = Field(gt=0, lt=1)
-    begin: int | None = Field(None, ge=0)
-    end: int | None = Field(None, ge=0)
-    every: int = Field(500, ge=1)
-    scope: Literal["global", "layer"] = "global"
+    Attributes:
+        train: to train on.
+        valid: to evaluate on after each epoch.
+        test: to evaluate on at the end, with the best weights.
+        unlabelled: to train on without their labels (`mean_teacher`, `sdclr`).
+    """
 
-    @model_validator(mode="after")
-    def _both(self) -> Masks:
-        if (self.begin is None) != (self.end is None):
-            raise ValueError("`begin` and `end` go together")
-        return self
+    train: SourceConfig
+    valid: SourceConfig | None = None
+    test: SourceConfig | None = None
+    unlabelled: SourceConfig | None = None
+
+    def part(self, name: str) -> SourceConfig | None:
+        """One of them, with what holds for all."""
+        found: SourceConfig | None = getattr(self, name)
+        return None if found is None else found.over(self)
 
 
-class Config(Section):
-    """A training. Sections and their defaults are the fields; see examples/*.yaml."""
+class TrainConfig(Section):
+    """A training; see `fastpie.training.Trainer` for what is not told here.
 
-    model: Model
-    data: Data
-    optimizer: Named
-    epochs: int = Field(ge=1)
-    out: str
+    Attributes:
+        model: the network.
+        data: see `DataConfig`.
+        augment: what happens to a training image, in this order: names of
+            `fastpie.training.augment.AUGMENTATIONS`, or factories of a callable on an image tensor.
+        augment_second: of the second view, where the recipe takes two (`mean_teacher`: the strong one).
+        draw: "balanced" draws every class as often.
+        recipe: a name of `fastpie.training.recipes.RECIPES` and its options.
+        criterion: a name of `fastpie.training.criterion` and its options.
+        optimizer: a class of `torch.optim` and its options.
+        scheduler: a class of `torch.optim.lr_scheduler` and its options.
+        attention: options of `Attention`; None for none.
+        masks: fixed (options of `fastpie.prune`), gradual or iterative (options of `GradualPruning`,
+            `IterativePruning`); None for none.
+        device: "cpu", "cuda", "cuda:1"; under torchrun "cuda" is one GPU a process.
+        workers: processes that read images.
+        out: folder of the training.
+        then: a later stage of it, which begins with the best weights of this one.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    augment: list[Named] = []
+    augment_second: list[Named] | None = None
+    draw: Literal["balanced"] | None = None
+    recipe: Named = Named(name="supervised")
     criterion: Named = Named(name="cross_entropy")
-    recipe: Named = Named(name="plain")
+    optimizer: Named
+    scheduler: Scheduled | None = None
     attention: dict[str, Any] | None = None
-    masks: Masks | None = None
-    scheduler: Named | None = None
-    scheduler_per_step: bool = False
-    batch_size: int = Field(32, ge=1)
+    masks: Named | None = None
+    epochs: Count
+    batch_size: Count = 32
+    seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False
-    clip: float | None = Field(None, gt=0)
+    device: str = "cpu"
+    workers: Annotated[int, Field(ge=0)] = 0
+    patience: Count | None = None
     monitor: str | None = None
-    patience: int | None = Field(None, ge=1)
-    workers: int = Field(0, ge=0)
-    seed: int = Field(0, ge=0)
+    clip: Positive | None = None
+    checkpoint_every: Count = 1
+    checkpoint_minutes: Positive | None = None
     log: Literal["csv", "tensorboard"] | None = "csv"
-    checkpoint_every: int = Field(1, ge=1)
-    checkpoint_minutes: float | None = Field(None, ge=0)
+    out: str
+    then: TrainConfig | None = None
 
+    _place: Place = PrivateAttr(Place(""))
 
-def read_config(path: Path) -> Config:
-    """Read and check a YAML file.
+    @property
+    def place(self) -> Place:
+        """Where it stands, for errors."""
+        return self._place
 
-    Raises:
-        FastpieError: it cannot be read, or a field is missing, unknown or of a wrong value: named,
-            with what came.
-    """
-    yaml = load_extra("yaml", "train", "fastpie train")
+    def placed(self, place: Place) -> Self:
+        """The same, that stands there."""
+        self._place = place
+        return self
 
-    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
-        """YAML 1.2 numbers: 1e-3 is no text."""
-
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
-    try:
-        values = yaml.load(
-            path.read_text(encoding="utf-8"), Loader=Loader
-        )  # safe: derived from SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FastpieError(f"Expected a configuration in {path}, but: {error}") from error
-    if not isinstance(values, dict):
-        raise FastpieError(
-            f"Expected sections such as model, data and optimizer in {path}, but got "
-            f"{type(values).__name__}."
-        )
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        wrong = "; ".join(_said(one) for one in error.errors())
-        raise FastpieError(f"Expected a configuration in {path}, but {wrong}.") from error
-
-
-def _said(error: Any) -> str:
-    field = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        return f"`{field}` is not known"
-    if error["type"] == "missing":
-        return f"`{field}` is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"`{field}`: {message[0].lower()}{message[1:]}, but got {error['input']!r}"
+    @property
+    def stages(self) -> list[TrainConfig]:
+        """This one and the later ones."""
+        return [self, *([] if self.then is None else self.then.stages)]
