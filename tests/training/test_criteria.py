@@ -8,9 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from fastpie.errors import FastpieError
+from fastpie.scores.cam import CamLayers
+from fastpie.training.boxes import SupervisedBoxes
+from fastpie.training.care import CARE
+from fastpie.training.consistency import Consistency
 from fastpie.training.criteria import CRITERIA, class_counts, criterion
 from fastpie.training.criteria_counts import effective_number_weights
 from fastpie.training.objective import Supervised
+from fastpie.training.semi_supervised import MeanTeacher
+from fastpie.training.two_stage import MetricLearning
+from fastpie.training.weakly_supervised import WeaklySupervised
 
 COUNTS = [500, 120, 40, 9, 1]
 BINARY_COUNTS = torch.tensor([[10, 800, 500, 990, 999], [990, 200, 500, 10, 1]])
@@ -351,6 +358,25 @@ def test_deferred_reweighting_begins_with_its_epoch() -> None:
         torch.testing.assert_close(objective.criterion(logits, labels), plain * factor)
     Supervised(nn.Identity(), nn.functional.mse_loss).begin_epoch(1)
     assert not objective.state_dict()
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Consistency,
+        MeanTeacher,
+        MetricLearning,
+        SupervisedBoxes,
+        lambda *args: CARE(*args, layer="0", rare_classes=[1]),
+        lambda *args: WeaklySupervised(*args, CamLayers("0", "2"), every=2),
+    ],
+)
+def test_every_objective_tells_its_criterion_the_epoch(objective: Any) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(8, len(COUNTS)))
+    made = objective(network, criterion("ldam", counts=COUNTS, reweight_from=3))
+    for epoch in (2, 3, 4):
+        made.begin_epoch(epoch)
+        assert made.criterion.reweighting == (epoch >= 3)
 
 
 @pytest.mark.parametrize(("task", "name"), NAMES)

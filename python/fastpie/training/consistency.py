@@ -87,6 +87,7 @@ class Consistency(Objective):
 
     def begin_epoch(self, epoch: int) -> None:
         """Choose the masks from the current weights."""
+        super().begin_epoch(epoch)
         levels = self.dual.sparsities
         sparsity = levels if self.dual.is_ladder else levels[0]
         self.dual.masks = prune(self.dual.model, sparsity, **self._rule)

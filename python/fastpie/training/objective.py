@@ -64,7 +64,12 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def begin_epoch(self, epoch: int) -> None:
-        """Called before the first step of an epoch, counted from 0, in every process."""
+        """Called before the first step of an epoch, counted from 0, in every process.
+
+        Tells `self.criterion`, if there is one that asks to be told (deferred re-weighting).
+        """
+        criterion = getattr(self, "criterion", None)
+        getattr(criterion, "begin_epoch", lambda epoch: None)(epoch)
 
     def after_step(self) -> None:
         """Called after every step of the optimizer, in every process."""
@@ -87,10 +92,6 @@ class Supervised(Objective):
         self.model = model
         self.criterion = criterion
         self.output = output
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Tell the criterion, if it asks to be told (deferred re-weighting)."""
-        getattr(self.criterion, "begin_epoch", lambda epoch: None)(epoch)
 
     def forward(self, batch: TrainBatch) -> Tensor:  # [n]
         """The criterion of each sample."""

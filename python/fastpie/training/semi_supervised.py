@@ -130,6 +130,7 @@ class MeanTeacher(Objective):
 
     def begin_epoch(self, epoch: int) -> None:
         """Set the weight of the consistency."""
+        super().begin_epoch(epoch)
         self._epoch = epoch
 
     def after_step(self) -> None:

@@ -273,6 +273,7 @@ class WeaklySupervised(Objective):
 
     def begin_epoch(self, epoch: int) -> None:
         """Prune anew where it is time."""
+        super().begin_epoch(epoch)
         if epoch % self.every == 0:
             self.dual.masks = prune(self.model, self.dual.sparsities[0])
 
