@@ -150,6 +150,8 @@ def test_the_engine_gives_what_two_passes_give(training: Any) -> None:
         {"method": "random", "seed": 3},
         {"scope": "layer", "exclude": ["fc"]},
         {"modules": (nn.Linear,)},
+        {"method": "filter", "norm": 2, "exclude": ["fc"]},
+        {"method": "2:5"},
     ],
 )
 def test_masks_are_chosen_again_by_the_rule_of_those_given(

@@ -14,7 +14,9 @@ from fastpie.dual.calibration import statistics_of
 from fastpie.errors import FastpieError
 from fastpie.mining.ranks import Ranks
 from fastpie.pruning import Masks, prune
-from fastpie.pruning.prune import prunable_weights
+from fastpie.pruning.prunable import prunable_weights
+from fastpie.pruning.prune import METHODS
+from fastpie.pruning.structured import pattern_of
 
 __all__ = ["Follower", "rule_of", "trained"]
 
@@ -70,7 +72,8 @@ class Follower:
         masks of one level; features are not given.
         """
         plain = copy.deepcopy(self.dual.model)
-        self._alone = DualModel(plain, prune(plain, 0.0, **self._rule)).eval()
+        everything = prune(plain, 0.0, **{**self._rule, "method": "l1"})  # no pattern removes nothing
+        self._alone = DualModel(plain, everything).eval()
         self._engine = None
 
     def watch_stages(self, example: tuple[Any, ...]) -> None:
@@ -179,11 +182,13 @@ def rule_of(masks: Masks, model: nn.Module) -> dict[str, Any]:
     Raises:
         FastpieError: for masks that `prune` has not chosen.
     """
-    rule: dict[str, Any] = {key: masks.info.get(key) for key in ("method", "scope", "seed")}
-    if rule["method"] not in ("l1", "random"):
+    names = ("method", "scope", "seed", "norm")
+    rule: dict[str, Any] = {key: masks.info[key] for key in names if key in masks.info}
+    method = str(rule.get("method"))
+    if method not in METHODS and pattern_of(method) is None:
         raise FastpieError(
             "Expected masks of fastpie.prune, which can be chosen again from the weights of a later "
-            f"epoch, but got masks made otherwise (method {rule['method']!r})."
+            f"epoch, but got masks made otherwise (method {method!r})."
         )
     holders = {
         type(module)

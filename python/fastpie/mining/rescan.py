@@ -239,7 +239,7 @@ class Rescan:
         return {
             "sparsities": masks.sparsities,
             "is_ladder": masks.is_ladder,
-            **{key: masks.info.get(key) for key in ("method", "scope", "seed")},
+            **{key: masks.info.get(key) for key in ("method", "scope", "seed", "norm")},
             "weights": sorted(masks),
             "data": f"{len(self.sweep.plan)} samples, {self.sweep.plan.fingerprint()}",
             "samples": fingerprint_of(self._reader.dataset),

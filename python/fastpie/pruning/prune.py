@@ -18,9 +18,10 @@ from fastpie.pruning.masks import Masks
 from fastpie.pruning.prunable import CONVOLUTIONS_AND_LINEAR, prunable_weights
 from fastpie.pruning.structured import filter_means, keep_of_pattern, pattern_of
 
-__all__ = ["prunable_weights", "prune"]
+__all__ = ["METHODS", "prune"]
 
-_METHODS = ("l1", "random", "filter")
+METHODS = ("l1", "random", "filter")
+"""Beside these there are patterns "N:M"."""
 _SCOPES = ("global", "layer")
 
 
@@ -42,8 +43,8 @@ def prune(
     "layer" exactly `round(sparsity * n)` of each weight tensor's n. "l1" removes the smallest
     magnitudes (PruneCXR, arXiv 2308.09180), "random" any (the control). Equal magnitudes are
     ordered by `named_modules`, then in C order; the lower index goes first. The choice is the same
-    bits for every device and thread count: "l1" is made on the GPU where all weights lie there,
-    everything else but patterns on the CPU.
+    bits for every device and thread count. "l1" without `within` and patterns are chosen on the GPU
+    where the weights lie there, everything else on the CPU.
 
     "filter" removes whole output channels (Li et al., arXiv 1608.08710): counts, scope and ties are
     those above with filters in place of weights, and so is `sparsity`, the fraction of *filters*;
@@ -80,9 +81,9 @@ def prune(
             or infinite, or `within` that removes more, other weights or parts of filters.
     """
     pattern = pattern_of(method) if isinstance(method, str) else None
-    if pattern is None and method not in _METHODS:
+    if pattern is None and method not in METHODS:
         raise FastpieError(
-            f"Expected `method` to be one of {_METHODS} or a pattern as '2:4', but got {method!r}."
+            f"Expected `method` to be one of {METHODS} or a pattern as '2:4', but got {method!r}."
         )
     if scope not in _SCOPES:
         raise FastpieError(f"Expected `scope` to be one of {_SCOPES}, but got {scope!r}.")
