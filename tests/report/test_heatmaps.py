@@ -144,7 +144,7 @@ def test_an_entry_of_a_dict_output():
     dual = fastpie.DualModel(model, fastpie.prune(model, 0.5))
     found = heat_map(dual, IMAGE, 1, output="logits")
     np.testing.assert_allclose(found.dense, by_hand(model.inner, 1), atol=1e-5)
-    with pytest.raises(FastpieError, match=r"logits of shape \[1, C\], but got dict"):
+    with pytest.raises(FastpieError, match=r"logits \[n, C\], but got dict"):
         heat_map(dual, IMAGE)
 
 
@@ -155,11 +155,11 @@ def test_what_cannot_be_drawn_is_told():
         heat_map(dual, IMAGE, 3)
     with pytest.raises(FastpieError, match="one of"):
         heat_map(dual, IMAGE, sparsity=0.5)
-    with pytest.raises(FastpieError, match="name a module"):
+    with pytest.raises(FastpieError, match="no module 'nowhere'"):
         heat_map(dual, IMAGE, module="nowhere")
     flat = nn.Sequential(nn.Flatten(), nn.Linear(120, 3))
     with pytest.raises(FastpieError, match="found none"):
         heat_map(fastpie.DualModel(flat, fastpie.prune(flat, 0.5)), IMAGE)
-    pictures = nn.Conv2d(1, 3, 3)
-    with pytest.raises(FastpieError, match="logits of shape"):
+    pictures = nn.Sequential(nn.Conv2d(1, 3, 3))
+    with pytest.raises(FastpieError, match=r"logits \[n, C\]"):
         heat_map(fastpie.DualModel(pictures, fastpie.prune(pictures, 0.5)), IMAGE)

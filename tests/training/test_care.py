@@ -15,14 +15,10 @@ from torch.nn import functional
 
 from fastpie.dual.grad_cam import feature_maps_of, grad_cam
 from fastpie.errors import FastpieError
-from fastpie.scores.boxes import boxes_of_masks
+from fastpie.scores.boxes import boxes_of_masks, masks_of_boxes
 from fastpie.training.care import CARE, attention_loss, min_max_map
 from fastpie.training.criteria import criterion
-from fastpie.training.lesion_boxes import (
-    inside_boxes,
-    saliency_boxes,
-    segmentation_boxes,
-)
+from fastpie.training.lesion_boxes import saliency_boxes, segmentation_boxes
 from fastpie.training.objective import TrainBatch
 
 NONE = float("nan")
@@ -269,7 +265,7 @@ def test_multilabel() -> None:
     maps = net.features(batch.images)
     logits = net.head(functional.relu(maps).mean((2, 3)))
     cam = min_max_map(grad_cam(logits[0, 2] + logits[0, 3], maps), (9, 12))
-    inner = inside_boxes(BOXES[:1], (9, 12)).double()
+    inner = masks_of_boxes(BOXES[:1], (9, 12)).double()
     torch.testing.assert_close(
         losses, torch.cat([3 * attention_loss(cam[:1], inner), torch.zeros(2)])
     )
@@ -364,14 +360,14 @@ def test_boxes() -> None:
     wanted = torch.zeros(4, 5, 6, dtype=torch.bool)
     wanted[0, 2:3, 1:4] = True
     wanted[1, :, 1:2] = True
-    inside = inside_boxes(boxes, (5, 6))
+    inside = masks_of_boxes(boxes, (5, 6))
     assert (inside == wanted).all()
     found = boxes_of_masks(wanted)
     assert found[:2].tolist() == [[1, 2, 4, 3], [1, 0, 2, 5]]
     assert found[2:].isnan().all()
     masks = torch.zeros(1, 4, 5, 6, dtype=torch.bool)
     masks[0, 1:3, 2:5, 3:4] = True
-    assert (inside_boxes(boxes_of_masks(masks), (4, 5, 6)) == masks).all()
+    assert (masks_of_boxes(boxes_of_masks(masks), (4, 5, 6)) == masks).all()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (150, 100), (24, 32, 40)])
@@ -384,7 +380,7 @@ def test_saliency_finds_what_stands_out(size: tuple[int, ...]) -> None:
     images[(slice(0, 1), slice(None), *place)] += 3
     images[1] = 7  # nothing
     box = saliency_boxes(images)
-    found = inside_boxes(box, size)[0]
+    found = masks_of_boxes(box, size)[0]
     wanted = torch.zeros(size, dtype=torch.bool)
     wanted[place] = True
     assert (found & wanted).sum() / (found | wanted).sum() > 0.3  # the whole image has 1/16
@@ -429,7 +425,7 @@ def test_boxes_by_a_segmentation_model(classes: int) -> None:
     batch.extra["box"] = boxes
     given = CARE(net, criterion("cross_entropy"), **options)
     torch.testing.assert_close(losses, given(batch))
-    masks = inside_boxes(boxes, (12, 12))
+    masks = masks_of_boxes(boxes, (12, 12))
     of_function = CARE(
         net, criterion("cross_entropy"), boxes=lambda some: masks[[1, 2, 3, 4]], **options
     )

@@ -26,15 +26,15 @@ from fastpie.scores.cam import (
     scaled_map,
     soft_overlap,
 )
-from fastpie.training.objective import TrainBatch
-from fastpie.training.weakly_supervised import (
+from fastpie.scores.cam_disagreement import (
     CamDisagreement,
     DualMaps,
-    WeaklySupervised,
     cam_disagreement,
     dual_cams,
     dual_grad_cams,
 )
+from fastpie.training.objective import TrainBatch
+from fastpie.training.weakly_supervised import WeaklySupervised
 
 
 class Classifier(nn.Module):
@@ -405,6 +405,21 @@ class TestObjective:
         torch.testing.assert_close(other(batch), objective(batch))
         with pytest.raises(FastpieError, match="weight"):
             self.objective(weight=-1)
+
+    def test_random_masks_are_drawn_anew_at_each_pruning(self) -> None:
+        drawn = []
+        for _ in range(2):
+            objective = self.objective(method="random", seed=5, exclude=["fc"], every=2)
+            drawn.append([objective.dual.masks])
+            for epoch in range(4):
+                objective.begin_epoch(epoch)
+                drawn[-1].append(objective.dual.masks)
+        start, first, second, third, fourth = drawn[0]
+        assert start == first == second
+        assert second != third
+        assert third == fourth
+        assert drawn[1] == drawn[0]
+        assert "fc.weight" not in start
 
 
 class TestLocalise:

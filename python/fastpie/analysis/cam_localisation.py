@@ -12,19 +12,17 @@ from torch import Tensor, nn
 from fastpie.analysis.localisation import CAM_FRACTION, boxes_of_masks, masks_of_maps
 from fastpie.dual.features import watched
 from fastpie.dual.inputs import as_arguments
+from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
-from fastpie.scores.cam import CamLayers, scaled_map
+from fastpie.scores.cam import CamLayers, resized_map, scaled_map
 from fastpie.scores.class_maps import (
     class_maps,
     class_pairs,
-    evaluating,
     grad_cams,
     logits_of,
 )
 
 __all__ = ["Localisation", "localise"]
-
-_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +104,8 @@ def localise(
                 lambda args: model(*args), model, images, layers, note, output=output
             )
             logits = found[0]
-    if len(size) != maps.ndim - 1:
-        raise FastpieError(
-            f"Expected `size` of {maps.ndim - 1} dimensions, as the maps have, but got {size}."
-        )
-    scaled = _resized(scaled_map(maps), size)
+    # What speaks against the class goes before the interpolation; the maximum is 1 after it.
+    scaled = scaled_map(resized_map(scaled_map(maps).float(), size))
     masks = masks_of_maps(scaled, fraction=fraction, largest=largest)
     return Localisation(
         chosen[1].cpu().numpy(),
@@ -118,17 +113,4 @@ def localise(
         scaled.cpu().numpy(),
         masks,
         boxes_of_masks(masks),
-    )
-
-
-def _resized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    if not len(maps):
-        return maps.new_zeros((0, *size), dtype=torch.float32)
-    mode = _INTERPOLATION.get(len(size))
-    if mode is None:
-        raise FastpieError(f"Expected maps of 1 to 3 dimensions, but got {len(size)}.")
-    return scaled_map(
-        nn.functional.interpolate(maps[:, None].float(), size=size, mode=mode, align_corners=False)[
-            :, 0
-        ]
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpie.dual import inputs
+from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ class Calibration:
         args = inputs.of_batch(batch)
         if inputs.batch_size(args) == 0:
             return
-        with torch.no_grad(), _eval_mode(self._dual.model):
+        with torch.no_grad(), evaluating(self._dual.model):
             if self._chosen is None:
                 self._chosen = self._layers(args)
             for (state, _), layers, moments in zip(
@@ -214,15 +215,3 @@ def _watch_inputs(model: nn.Module, modules: dict[str, nn.Module], look: Any) ->
             )
             stack.callback(handle.remove)
         yield
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, each module's own mode after it."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastpie.dual.inputs import as_arguments
+from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
 
 __all__ = ["PENULTIMATE", "feature_widths", "features_of", "stage_features", "watched"]
@@ -104,7 +105,7 @@ def feature_widths(model: nn.Module, features: str, args: tuple[Any, ...]) -> li
     """How many columns each part of joined features has, in their order.
 
     Args:
-        model: any module; it is run once, in eval mode.
+        model: any module; it is run once, in eval mode, and left as it was.
         features: from `features_of`.
         args: the model's positional arguments.
     """
@@ -115,8 +116,8 @@ def feature_widths(model: nn.Module, features: str, args: tuple[Any, ...]) -> li
         leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
         widths[place] = sum(leaf.shape[1:].numel() for leaf in leaves)
 
-    with _hooks(model, points, keep), torch.no_grad():
-        model.eval()(*args)
+    with _hooks(model, points, keep), evaluating(model), torch.no_grad():
+        model(*args)
     return widths
 
 
@@ -128,19 +129,14 @@ def _shapes(model: nn.Module, x: Any) -> dict[str, tuple[int, ...]]:
         if isinstance(output, Tensor):
             seen.setdefault(name, []).append(tuple(output.shape))
 
-    training = {module: module.training for module in model.modules()}
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
         for name, module in model.named_modules():
             if name and _AND not in name and next(module.parameters(), None) is not None:
                 hook = module.register_forward_hook(
                     lambda module, args, output, name=name: note(name, output)
                 )
                 stack.callback(hook.remove)
-        try:
-            model.eval()(*as_arguments(x))
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        model(*as_arguments(x))
     return {name: calls[0] for name, calls in seen.items() if len(calls) == 1}
 
 

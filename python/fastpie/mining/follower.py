@@ -72,7 +72,9 @@ class Follower:
         masks of one level; features are not given.
         """
         plain = copy.deepcopy(self.dual.model)
-        everything = prune(plain, 0.0, **{**self._rule, "method": "l1"})  # no pattern removes nothing
+        everything = prune(
+            plain, 0.0, **{**self._rule, "method": "l1"}
+        )  # no pattern removes nothing
         self._alone = DualModel(plain, everything).eval()
         self._engine = None
 

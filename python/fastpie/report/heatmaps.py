@@ -6,9 +6,10 @@ Grad-CAM: Selvaraju et al., ICCV 2017, https://arxiv.org/abs/1610.02391.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,11 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import default_collate
 
 from fastpie.dual import DualModel
-from fastpie.dual.grad_cam import grad_cam
 from fastpie.dual.inputs import as_arguments
+from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
+from fastpie.scores.cam import scaled_map
+from fastpie.scores.class_maps import grad_cams
 
 __all__ = ["HeatMap", "heat_map"]
 
@@ -87,45 +90,35 @@ def heat_map(
     device = next(dual.model.parameters()).device
     batch = default_collate([image])
     args = as_arguments(tuple(batch) if isinstance(batch, list) else batch)
-    args = pytree.tree_map(lambda x: _leaf(x, device) if isinstance(x, Tensor) else x, args)
-    model = dual.model
-    if module is not None and module not in dict(model.named_modules()):
-        raise FastpieError(f"Expected `module` to name a module of the model, but got {module!r}.")
-    with _evaluating(dual), torch.enable_grad():
-        maps: list[np.ndarray] = []
-        names: list[str] = []
-        for state in ({}, dual.pruned_state(level)):
-            with _watched(model, module or (names[0] if names else None)) as seen:
-                logits = _logits(dual.run_pruned(state, args), output)
-                if not maps:
-                    chosen = _class(logits, klass)
-                if not seen:
-                    raise FastpieError(
-                        "Expected a module with feature maps of shape [N, K, H, W], but found none."
-                    )
-                name, features = list(seen.items())[-1]
-                names.append(name)
-                maps.append(_cam(logits[chosen], features))
-    return HeatMap(chosen, maps[0], maps[1], dual.sparsities[level], names[0])
+    args = pytree.tree_map(lambda x: _plain(x).to(device) if isinstance(x, Tensor) else x, args)
+    chosen: list[int] = []
+
+    def pairs(logits: Tensor) -> tuple[Tensor, Tensor]:
+        if not chosen:  # the dense model chooses
+            chosen.append(_class(_plain(logits)[0], klass))
+        return torch.tensor([0], device=device), torch.tensor(chosen, device=device)
+
+    with evaluating(dual):
+        name = (
+            _last_maps(dual.model, partial(dual.run_pruned, {}, args)) if module is None else module
+        )
+        maps = [
+            grad_cams(
+                partial(dual.run_pruned, state), dual.model, args, name, pairs, output=output
+            )[1]
+            for state in ({}, dual.pruned_state(level))
+        ]
+    dense, pruned = (_cells(cam) for cam in maps)
+    return HeatMap(chosen[0], dense, pruned, dual.sparsities[level], name)
 
 
-def _cam(score: Tensor, features: Tensor) -> np.ndarray:
-    cam = grad_cam(score, features).detach().relu()
-    if max(cam.shape[1:]) > _MOST_CELLS:
-        height, width = (min(s, _MOST_CELLS) for s in cam.shape[1:])
-        cam = nn.functional.adaptive_avg_pool2d(cam, (height, width))
-    cam = torch.nan_to_num(cam[0].float())
-    result: np.ndarray = (cam / cam.max().clamp_min(torch.finfo(torch.float32).tiny)).cpu().numpy()
-    return result
-
-
-def _logits(out: Any, output: str | int | None) -> Tensor:
-    if output is not None:
-        out = out[output]
-    if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != 1:
-        shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise FastpieError(f"Expected logits of shape [1, C], but got {shape}.")
-    return out.as_subclass(Tensor)[0]
+def _cells(cam: Tensor) -> np.ndarray:  # [1, H, W] -> fp32 [h, w]
+    if cam.ndim != 3:
+        raise FastpieError(f"Expected maps of an image, [1, H, W], but got {list(cam.shape)}.")
+    height, width = (min(side, _MOST_CELLS) for side in cam.shape[1:])
+    cam = nn.functional.adaptive_avg_pool2d(cam.float(), (height, width))
+    cells: np.ndarray = scaled_map(torch.nan_to_num(cam))[0].cpu().numpy()
+    return cells
 
 
 def _class(logits: Tensor, wanted: int | Sequence[int] | None) -> int:
@@ -147,44 +140,30 @@ def _level(dual: DualModel, sparsity: float | None) -> int:
     raise FastpieError(f"Expected `sparsity` to be one of {levels}, but got {sparsity}.")
 
 
-def _leaf(x: Tensor, device: torch.device) -> Tensor:
-    """The input on the model's device; it asks for a gradient, so that a frozen model has one too."""
-    x = x.detach().as_subclass(Tensor).to(device)
-    return x.clone().requires_grad_(x.is_floating_point())
+def _plain(x: Tensor) -> Tensor:
+    """Without a graph, and no subclass, such as MONAI's MetaTensor."""
+    return x.detach().as_subclass(Tensor)
 
 
-@contextmanager
-def _evaluating(dual: DualModel) -> Iterator[None]:
-    modes = [(module, module.training) for module in dual.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _watched(model: nn.Module, wanted: str | None) -> Iterator[dict[str, Tensor]]:
-    """Outputs that are feature maps, by module name, the last one last."""
-    seen: dict[str, Tensor] = {}
+def _last_maps(model: nn.Module, run: Callable[[], Any]) -> str:
+    """The name of the last module that gives feature maps."""
+    last = ""
 
     def watch(name: str) -> Callable[[Any, Any, Any], None]:
         def hook(module: Any, inputs: Any, out: Any) -> None:
-            if isinstance(out, Tensor) and out.ndim == 4 and (wanted or out[0, 0].numel() > 1):
-                seen.pop(name, None)
-                seen[name] = out
+            nonlocal last
+            if isinstance(out, Tensor) and out.ndim == 4 and out[0, 0].numel() > 1:
+                last = name
 
         return hook
 
-    handles = [
-        module.register_forward_hook(watch(name))
-        for name, module in model.named_modules()
-        if (name == wanted if wanted else name and not _NO_FEATURES.search(type(module).__name__))
-    ]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in model.named_modules():
+            if name and not _NO_FEATURES.search(type(module).__name__):
+                stack.callback(module.register_forward_hook(watch(name)).remove)
+        run()
+    if not last:
+        raise FastpieError(
+            "Expected a module with feature maps of shape [N, K, H, W], but found none."
+        )
+    return last

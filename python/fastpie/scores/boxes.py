@@ -1,4 +1,4 @@
-"""How much boxes overlap: IoU and generalised IoU, differentiable.
+"""How much boxes overlap (IoU and generalised IoU, differentiable), and masks as boxes and back.
 
 A box of D dimensions is its lower corner followed by its upper one, `[x0, y0, x1, y1]` or `[x0, y0,
 z0, x1, y1, z1]`, upper edges exclusive: an object of one pixel at the origin is `[0, 0, 1, 1]`. x
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastpie.errors import FastpieError
 
-__all__ = ["box_giou", "box_iou", "boxes_of_masks", "check_boxes"]
+__all__ = ["box_giou", "box_iou", "boxes_of_masks", "check_boxes", "masks_of_boxes"]
 
 
 def box_iou(
@@ -93,6 +93,32 @@ def boxes_of_masks(
         high.append((edges + 1).where(inside, 0).amax(1) * scale)
     boxes = torch.stack(low + high, 1).float()
     return boxes.masked_fill(nothing[:, None], torch.nan)
+
+
+def masks_of_boxes(
+    boxes: Tensor,  # [n, 2 D]
+    size: Sequence[int],
+) -> Tensor:  # bool [n, *size]
+    """Which pixels of images of that size have their centre in the boxes; none in a box with NaN.
+
+    Raises:
+        FastpieError: for boxes of another shape.
+    """
+    dims = len(size)
+    if boxes.ndim != 2 or boxes.shape[1] != 2 * dims:
+        raise FastpieError(
+            f"Expected boxes of shape [n, {2 * dims}] for images of {dims} dimensions, but got "
+            f"{list(boxes.shape)}."
+        )
+    inside = boxes.new_ones((len(boxes), *size), dtype=torch.bool)
+    for axis, length in enumerate(size):
+        column = dims - 1 - axis  # x first
+        shape = [1] * dims
+        shape[axis] = length
+        centres = (torch.arange(length, device=boxes.device) + 0.5).view(1, *shape)
+        low, high = (boxes[:, c].view(-1, *[1] * dims) for c in (column, column + dims))
+        inside &= (low <= centres) & (centres < high)
+    return inside
 
 
 def check_boxes(boxes: Tensor, name: str) -> None:

@@ -8,6 +8,7 @@ head above it gives the same map over the number of positions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpie.dual.inputs import as_arguments
+from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
 
 __all__ = [
@@ -23,9 +25,13 @@ __all__ = [
     "cam_layers",
     "class_activation_map",
     "hard_overlap",
+    "resized_map",
     "scaled_map",
     "soft_overlap",
 ]
+
+
+_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,23 @@ def scaled_map(cam: Tensor) -> Tensor:  # [n, ...] -> [n, ...] in [0, 1]
     return positive / highest.reshape(-1, *(1,) * (cam.ndim - 1))
 
 
+def resized_map(cam: Tensor, size: Sequence[int]) -> Tensor:  # [n, ...] -> [n, *size]
+    """Interpolated linearly to that size, the images' say.
+
+    Raises:
+        FastpieError: if maps and size have different numbers of dimensions, or not 1 to 3.
+    """
+    mode = _INTERPOLATION.get(len(size))
+    if mode is None or cam.ndim - 1 != len(size):
+        raise FastpieError(
+            f"Expected a size of {cam.ndim - 1} dimensions (1 to 3), as the maps have, but got "
+            f"{list(size)}."
+        )
+    if not len(cam):
+        return cam.new_zeros((0, *size))
+    return nn.functional.interpolate(cam.unsqueeze(1), list(size), mode=mode).squeeze(1)
+
+
 def soft_overlap(
     first: Tensor,  # [n, ...], at least 0
     second: Tensor,  # [n, ...], at least 0
@@ -109,8 +132,7 @@ def cam_layers(model: nn.Module, x: Any, *, output: str | int | None = None) -> 
         FastpieError: if the logits are not those of a linear layer on averaged feature maps: take
             Grad-CAM then.
     """
-    modes = {module: module.training for module in model.modules()}
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
         calls: dict[str, list[Tensor]] = {}
 
         def keep(name: str, result: Any) -> None:
@@ -123,11 +145,7 @@ def cam_layers(model: nn.Module, x: Any, *, output: str | int | None = None) -> 
                 lambda module, args, result, name=name: keep(name, result)
             )
             stack.callback(hook.remove)
-        try:
-            logits = model.eval()(*as_arguments(x))
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        logits = model(*as_arguments(x))
         logits = logits if output is None else logits[output]
         if not isinstance(logits, Tensor) or logits.ndim != 2:
             raise FastpieError("Expected a classifier with logits [n, C]; name them with `output`.")

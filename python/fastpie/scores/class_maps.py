@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
 from fastpie.scores.cam import CamLayers, class_activation_map
 
-__all__ = ["class_maps", "class_pairs", "evaluating", "grad_cams", "logits_of"]
+__all__ = ["class_maps", "class_pairs", "grad_cams", "logits_of"]
 
 
 def logits_of(out: Any, output: str | int | None) -> Tensor:  # [n, C]
@@ -102,7 +101,7 @@ def grad_cams(
         run: calls the model with its positional arguments.
         model: that `run` calls.
         images: its input; a tuple is spread.
-        module: name of the module whose output [n, K, ...] is looked at.
+        module: name of the module whose output [n, K, ...] is looked at, that of its last call.
         pairs: gives samples and classes from the logits: `class_pairs`.
         output: key or index of the logits in a dict or tuple output.
 
@@ -110,8 +109,8 @@ def grad_cams(
         The pairs and the map of each, [P, ...], without a graph.
 
     Raises:
-        FastpieError: if there is no such module, it is not called once, or the logits do not depend
-            on its output.
+        FastpieError: if there is no such module, it is not called, or the logits do not depend on its
+            output.
     """
     with (
         torch.inference_mode(False),
@@ -125,11 +124,9 @@ def grad_cams(
             as_arguments(images),
         )
         logits = logits_of(run(args), output)
-        if len(seen) != 1:
-            raise FastpieError(
-                f"Expected module {module!r} to be called once, but it was called {len(seen)} times."
-            )
-        features = seen[0]
+        if not seen:
+            raise FastpieError(f"Expected the model to call its module {module!r}.")
+        features = seen[-1]
         rows, classes = pairs(logits)
         dtype = torch.promote_types(features.dtype, torch.float32)
         maps = features.new_zeros((len(rows), *features.shape[2:]), dtype=dtype)
@@ -141,18 +138,6 @@ def grad_cams(
             cam = grad_cam(score, features, retain_graph=True).detach()
             maps[these] = cam[rows[these]].relu()
     return (rows, classes), maps
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode while the block runs."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _place_among_equals(rows: Tensor) -> Tensor:  # ascending

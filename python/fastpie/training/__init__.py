@@ -1,5 +1,6 @@
 """Training on what was mined."""
 
+from fastpie.scores.cam_disagreement import CamDisagreement
 from fastpie.training.attention import Attention
 from fastpie.training.boxes import BoxLoss, SupervisedBoxes, box_disagreement
 from fastpie.training.care import CARE
@@ -17,7 +18,7 @@ from fastpie.training.semi_supervised import MeanTeacher
 from fastpie.training.trainer import Trainer, TrainResult
 from fastpie.training.two_stage import HeadRetraining, MetricLearning, class_balanced_draw_weights
 from fastpie.training.views import TwoViews
-from fastpie.training.weakly_supervised import CamDisagreement, WeaklySupervised
+from fastpie.training.weakly_supervised import WeaklySupervised
 from fastpie.training.weights import hardness_weights
 
 __all__ = [

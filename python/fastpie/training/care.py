@@ -16,13 +16,14 @@ from torch.nn import functional
 from fastpie.dual.grad_cam import feature_maps_of, grad_cam
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
+from fastpie.scores.boxes import masks_of_boxes
+from fastpie.scores.cam import resized_map
 from fastpie.training.criteria_sample import number
-from fastpie.training.lesion_boxes import inside_boxes, saliency_boxes, segmentation_boxes
+from fastpie.training.lesion_boxes import saliency_boxes, segmentation_boxes
 from fastpie.training.objective import Criterion, Supervised, TrainBatch, entry_of
 
 __all__ = ["CARE", "attention_loss", "min_max_map"]
 
-_INTERPOLATION = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _MOST = 1024.0  # what a score is scaled by: its gradients must not overflow in fp16
 
 
@@ -207,17 +208,11 @@ def min_max_map(cam: Tensor, size: Sequence[int]) -> Tensor:  # [n, ...] -> [n, 
     Raises:
         FastpieError: if maps and images have different numbers of dimensions.
     """
-    if cam.ndim - 1 != len(size) or len(size) not in _INTERPOLATION:
-        raise FastpieError(
-            f"Expected maps of {len(size)} dimensions (1 to 3), those of the images, but the layer's "
-            f"have {cam.ndim - 1}."
-        )
     axes = list(range(1, cam.ndim))
     low, high = cam.amin(axes, keepdim=True), cam.amax(axes, keepdim=True)
     varied = high > low
     cam = ((cam - low) / (high - low).where(varied, 1)).where(varied, 0)
-    mode = _INTERPOLATION[len(size)]
-    return functional.interpolate(cam.unsqueeze(1), list(size), mode=mode).squeeze(1)
+    return resized_map(cam, size)
 
 
 def attention_loss(
@@ -243,7 +238,7 @@ def attention_loss(
 def _inside(found: Any, size: Sequence[int]) -> Tensor:
     """Bool [n, *size] of boxes or masks."""
     if found.ndim == 2 and len(size) > 1:
-        return inside_boxes(found, size)
+        return masks_of_boxes(found, size)
     if found.ndim == len(size) + 2 and found.shape[1] == 1:
         found = found.squeeze(1)
     if found.shape[1:] != torch.Size(size):

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastpie.analysis.metrics import class_metrics
 from fastpie.dual.inputs import as_arguments
+from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Problem
 from fastpie.training.feed import Feed
 from fastpie.training.objective import Objective, TrainBatch, entry_of
 
-__all__ = ["evaluate_model", "evaluating"]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients; every module's mode is put back."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
+__all__ = ["evaluate_model"]
 
 
 def evaluate_model(
@@ -66,7 +53,7 @@ def evaluate_model(
     kept: list[tuple[int, np.ndarray, np.ndarray]] = []
     sums, unreadable = np.zeros(2), []
     order, mine = np.arange(count), range(len(cut))[ranks.rank :: ranks.count]
-    with evaluating(objective):
+    with evaluating(objective), torch.no_grad():
         fetched_all = feed.batches(order, (cut[i] for i in mine), (2,))
         for number, fetched in zip(mine, fetched_all, strict=True):
             unreadable += fetched.unreadable

@@ -1,12 +1,8 @@
-"""Where the lesion is: in given boxes, by saliency, or by a segmentation model.
-
-A box is `x0, y0, x1, y1` in pixels of the input, of a volume `x0, y0, z0, x1, y1, z1`; x runs along
-the last dimension, a pixel belongs to it whose centre lies in it, and NaN means that there is none.
-"""
+"""Where the lesion is, by saliency or by a segmentation model: boxes as in `fastpie.scores.boxes`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,37 +11,11 @@ from torch.nn import functional
 from fastpie.errors import FastpieError
 from fastpie.scores.boxes import boxes_of_masks
 
-__all__ = ["inside_boxes", "saliency_boxes", "segmentation_boxes"]
+__all__ = ["saliency_boxes", "segmentation_boxes"]
 
 _SIDE = 64  # pixels: the scale at which Hou & Zhang look for objects
 _SIGMA = 2.5  # pixels of the above: of the Gaussian in their published code
 _TIMES_MEAN = 3.0  # their threshold
-
-
-def inside_boxes(
-    boxes: Tensor,  # [n, 4], of volumes [n, 6]
-    size: Sequence[int],
-) -> Tensor:  # bool [n, *size]
-    """Which pixels of images of that size lie in the boxes.
-
-    Raises:
-        FastpieError: for boxes of another shape.
-    """
-    dims = len(size)
-    if boxes.ndim != 2 or boxes.shape[1] != 2 * dims:
-        raise FastpieError(
-            f"Expected boxes of shape [n, {2 * dims}] for images of {dims} dimensions, but got "
-            f"{list(boxes.shape)}."
-        )
-    inside = boxes.new_ones((len(boxes), *size), dtype=torch.bool)
-    for axis, length in enumerate(size):
-        column = dims - 1 - axis  # x first
-        shape = [1] * dims
-        shape[axis] = length
-        centres = (torch.arange(length, device=boxes.device) + 0.5).view(1, *shape)
-        low, high = (boxes[:, c].view(-1, *[1] * dims) for c in (column, column + dims))
-        inside &= (low <= centres) & (centres < high)
-    return inside
 
 
 def saliency_boxes(images: Tensor) -> Tensor:  # [n, K, ...] -> fp32 [n, 4], of volumes [n, 6]

@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
 from fastpie.mining.interruption import Interruption
 from fastpie.mining.ranks import Ranks
 from fastpie.training.configuration import configuration_of, digest_of_draws
-from fastpie.training.evaluation import evaluate_model, evaluating
+from fastpie.training.evaluation import evaluate_model
 from fastpie.training.feed import Feed, Fetched
 from fastpie.training.folder import TrainingFolder
 from fastpie.training.log import TrainingLog
@@ -420,7 +421,7 @@ class Trainer:
         return row | self._log.gpu()
 
     def _ask(self) -> dict[str, float]:
-        with evaluating(self.objective.model):
+        with evaluating(self.objective.model), torch.no_grad():
             return {} if self._evaluate is None else dict(self._evaluate(self.objective.model))
 
     # ------------------------------------------------------------------ checkpoints
