@@ -51,5 +51,12 @@ def test_maps_of_a_module() -> None:
     with feature_maps_of(frozen, "2"), pytest.raises(FastpieError, match="maps"):
         frozen(torch.randn(2, 1, 4, 4))
     assert not any(module._forward_hooks for module in frozen)
+    frozen[1] = nn.ReLU(inplace=True)
+    x = torch.randn(2, 1, 4, 4)
+    with feature_maps_of(frozen, "0") as seen:
+        out = frozen(x)
+    assert torch.equal(seen[0], frozen[0](x).relu())
+    (slope,) = torch.autograd.grad(out.square().sum(), seen[0])
+    torch.testing.assert_close(slope, 2 * seen[0])
     with pytest.raises(FastpieError, match="'neck'"), feature_maps_of(frozen, "neck"):
         pass

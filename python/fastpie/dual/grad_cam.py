@@ -67,15 +67,17 @@ def feature_maps_of(model: nn.Module, module: str) -> Iterator[list[Tensor]]:
     """
     seen: list[Tensor] = []
 
-    def keep(layer: nn.Module, args: Any, output: Any) -> None:
+    def keep(layer: nn.Module, args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor) or output.ndim < 3:
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise FastpieError(
                 f"Expected module {module!r} to give feature maps [n, K, ...], but got {shape}."
             )
         if not output.requires_grad and torch.is_grad_enabled():
-            output.requires_grad_()
+            # The copy of a leaf: an operation in place may follow, which no leaf allows.
+            output = output.detach().requires_grad_().clone()
         seen.append(output)
+        return output
 
     modules = dict(model.named_modules(remove_duplicate=False))
     if not module or module not in modules:

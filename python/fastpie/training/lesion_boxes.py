@@ -51,13 +51,14 @@ def segmentation_boxes(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
     Args:
         model: from images to logits [n, 1, ...] of a foreground, or [n, C, ...] with background 0. It
-            is put into eval mode, run without gradients, and is no part of the training.
+            is put into eval mode and onto the images' device, run without gradients, and is no part of the
+            training.
     """
     model.eval()
 
     def boxes(images: Tensor) -> Tensor:
         with torch.no_grad():
-            logits = model(images)
+            logits = model.to(images.device)(images)
         if not isinstance(logits, Tensor) or logits.ndim != images.ndim:
             raise FastpieError("Expected the segmentation model to give logits [n, C, ...].")
         found = logits[:, 0] > 0 if logits.shape[1] == 1 else logits.argmax(1) > 0

@@ -50,7 +50,7 @@ class RewindPoint:
     @property
     def is_complete(self) -> bool:
         """Whether all is there to go back to."""
-        return "groups" in self._kept
+        return "groups" in self._kept and ("model" in self._kept or not self._weights)
 
     def after_step(self, step: int) -> None:
         """Copy parameters, buffers and the optimizer's state if this is the step."""
