@@ -61,6 +61,16 @@ def mine_arguments(project, out):
     ]  # fmt: skip
 
 
+def test_a_pattern_says_its_own_sparsity(fastpie_cli, tmp_path):
+    call = ["prune", "--model", MODEL, "--out", tmp_path / "m.st", "--method", "2:4", "--json"]
+    done = fastpie_cli(*call)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["sparsities"] == [0.5]
+    assert not fastpie.Masks.load(tmp_path / "m.st").is_ladder
+    assert fastpie_cli(*call, "--sparsity", "0.5").returncode == 0
+    assert "0.5 of the pattern" in fastpie_cli(*call, "--sparsity", "0.3").stderr
+
+
 def test_mine_writes_a_run_and_prints_data_to_stdout(fastpie_cli, project, tmp_path):
     done = fastpie_cli(*mine_arguments(project, tmp_path / "run"), "--json")
     assert done.returncode == 0, done.stderr

@@ -17,13 +17,13 @@ from rich.table import Table
 from fastpie.cli.analyze import analyze, report
 from fastpie.cli.mine import mine
 from fastpie.cli.options import (
+    LADDER,
     Json,
     Method,
     Model,
     ModelArgs,
     Precision,
     Scope,
-    Sparsity,
     Unpickle,
     Weights,
     load_model,
@@ -57,7 +57,13 @@ def prune(
     out: Annotated[Path, typer.Option(help="Masks to write, .safetensors.")],
     weights: Weights = None,
     model_args: ModelArgs = "{}",
-    sparsity: Sparsity = "0.1,0.3,0.5,0.7",
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            help="A fraction removed, or several with commas for a nested ladder, by default "
+            f"{LADDER}; of the method 2:4 it is .5."
+        ),
+    ] = None,
     method: Method = Method.l1,
     scope: Scope = Scope.everywhere,
     exclude: Annotated[
@@ -70,9 +76,11 @@ def prune(
     """Choose the weights to remove and write them as masks."""
     import fastpie
 
+    if sparsity is None and method is not Method.two_of_four:
+        sparsity = LADDER
     masks = fastpie.prune(
         load_model(model, model_args, weights, unpickle),
-        sparsities_of(sparsity),
+        None if sparsity is None else sparsities_of(sparsity),
         method=method.value,
         scope=scope.value,
         exclude=names(exclude),

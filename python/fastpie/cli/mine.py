@@ -13,6 +13,7 @@ import typer
 
 from fastpie.cli.data import NOTE, open_data
 from fastpie.cli.options import (
+    LADDER,
     Json,
     Model,
     ModelArgs,
@@ -83,7 +84,7 @@ def mine(
     masks: Annotated[
         Path | None, typer.Option(help="Masks of `fastpie prune`; else --sparsity.")
     ] = None,
-    sparsity: Sparsity = "0.1,0.3,0.5,0.7",
+    sparsity: Sparsity = LADDER,
     format_: Annotated[
         str,
         typer.Option(

@@ -57,6 +57,8 @@ Weights = Annotated[
 Unpickle = Annotated[
     bool, typer.Option(help="Let torch.load run code in the checkpoint. Only for files you trust.")
 ]
+LADDER = "0.1,0.3,0.5,0.7"
+"""`fastpie.mining.DEFAULT_LADDER`, as an option."""
 Sparsity = Annotated[
     str, typer.Option(help="A fraction removed, or several with commas for a nested ladder.")
 ]
