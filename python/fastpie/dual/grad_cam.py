@@ -73,11 +73,12 @@ def feature_maps_of(model: nn.Module, module: str) -> Iterator[list[Tensor]]:
             raise FastpieError(
                 f"Expected module {module!r} to give feature maps [n, K, ...], but got {shape}."
             )
-        if not output.requires_grad and torch.is_grad_enabled():
+        maps: Tensor = output
+        if not maps.requires_grad and torch.is_grad_enabled():
             # The copy of a leaf: an operation in place may follow, which no leaf allows.
-            output = output.detach().requires_grad_().clone()
-        seen.append(output)
-        return output
+            maps = maps.detach().requires_grad_().clone()
+        seen.append(maps)
+        return maps
 
     modules = dict(model.named_modules(remove_duplicate=False))
     if not module or module not in modules:

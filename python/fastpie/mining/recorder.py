@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import operator
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors.torch import load, save
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastpie._checks import whole_number
 from fastpie.dual import DualModel
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
@@ -119,7 +119,7 @@ class Recorder:
         """
         if task not in TASKS:
             raise FastpieError(f"Expected `task` to be one of {TASKS}, but got {task!r}.")
-        self.every = _at_least("every", every, 1)
+        self.every = whole_number("every", every, 1)
         self.epochs: list[int] = []
         self._rescan = Rescan(
             model,
@@ -194,7 +194,7 @@ class Recorder:
                 that cannot be written. What was recorded before holds. Single samples that cannot be
                 read or scored do not raise: they are in `errors`.
         """
-        epoch = _at_least("epoch", epoch, 0)
+        epoch = whole_number("epoch", epoch, 0)
         if (epoch + 1) % self.every:
             return False
         ranks = Ranks()
@@ -333,15 +333,3 @@ class Recorder:
             np.frombuffer(json.dumps(state).encode(), np.uint8).copy()
         )
         self._folder.write_file(_STATE, save(tensors))
-
-
-def _at_least(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise FastpieError(
-            f"Expected `{name}` to be an int of at least {least}, but got {value!r}."
-        )
-    return number

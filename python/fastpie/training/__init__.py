@@ -9,7 +9,7 @@ from fastpie.training.contrastive import nt_xent
 from fastpie.training.criteria import class_counts, criterion
 from fastpie.training.epoch_sampler import EpochSampler
 from fastpie.training.masked import MaskedTraining
-from fastpie.training.masking_schedules import GradualPruning, IterativePruning
+from fastpie.training.masking_schedules import GradualPruning, IterativePruning, MaskingSchedule
 from fastpie.training.objective import Objective, Supervised, TrainBatch
 from fastpie.training.sampler import HardnessSampler
 from fastpie.training.sdclr import SDCLR
@@ -34,6 +34,7 @@ __all__ = [
     "HeadRetraining",
     "IterativePruning",
     "MaskedTraining",
+    "MaskingSchedule",
     "MeanTeacher",
     "MetricLearning",
     "Objective",

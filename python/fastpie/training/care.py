@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastpie._checks import number
 from fastpie.dual.grad_cam import feature_maps_of, grad_cam
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
 from fastpie.scores.boxes import masks_of_boxes
 from fastpie.scores.cam import resized_map
-from fastpie.training.criteria_sample import number
 from fastpie.training.lesion_boxes import saliency_boxes, segmentation_boxes
 from fastpie.training.objective import Criterion, Supervised, TrainBatch, entry_of
 

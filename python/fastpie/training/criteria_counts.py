@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastpie._checks import number
 from fastpie.errors import FastpieError
-from fastpie.training.criteria_sample import number
 
 __all__ = ["class_counts", "effective_number_weights", "log_odds", "log_prior", "multiclass_counts"]
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpie._checks import number
 from fastpie.errors import FastpieError
 from fastpie.training.criteria_counts import effective_number_weights, log_prior, multiclass_counts
 from fastpie.training.criteria_sample import (
@@ -14,7 +15,6 @@ from fastpie.training.criteria_sample import (
     checkable,
     in_full_precision,
     mean_of_known,
-    number,
 )
 
 __all__ = [

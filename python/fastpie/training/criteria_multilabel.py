@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastpie._checks import number
 from fastpie.errors import FastpieError
 from fastpie.training.criteria_counts import effective_number_weights, log_odds
 from fastpie.training.criteria_sample import (
@@ -15,7 +16,6 @@ from fastpie.training.criteria_sample import (
     checkable,
     in_full_precision,
     mean_of_known,
-    number,
 )
 
 __all__ = [

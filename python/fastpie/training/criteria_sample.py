@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from fastpie.errors import FastpieError
 
-__all__ = ["SampleLoss", "checkable", "in_full_precision", "mean_of_known", "number"]
+__all__ = ["SampleLoss", "checkable", "in_full_precision", "mean_of_known"]
 
 
 class SampleLoss(nn.Module):
@@ -57,20 +56,3 @@ def mean_of_known(
         return losses.where(known, 0)
     losses, known = losses.flatten(1), known.flatten(1)
     return losses.where(known, 0).sum(1) / known.sum(1).clamp_min(1)
-
-
-def number(
-    name: str, value: Any, low: float, high: float = math.inf, *, open_high: bool = False
-) -> float:
-    """A number in [low, high], or [low, high) with `open_high`.
-
-    Raises:
-        FastpieError: if it is none, or lies outside.
-    """
-    fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or not low <= value <= high or (open_high and value == high):
-        limits = f"[{low:g}, {high:g}{')' if open_high else ']'}"
-        if high == math.inf:
-            limits = f"[{low:g}, inf)"
-        raise FastpieError(f"Expected `{name}` to be a number in {limits}, but got {value!r}.")
-    return float(value)

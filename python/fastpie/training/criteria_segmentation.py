@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastpie._checks import number
 from fastpie.errors import FastpieError
 from fastpie.training.criteria_multiclass import CrossEntropy, class_indices
 from fastpie.training.criteria_multilabel import BinaryCrossEntropy, binary_labels
-from fastpie.training.criteria_sample import SampleLoss, in_full_precision, number
+from fastpie.training.criteria_sample import SampleLoss, in_full_precision
 
 __all__ = ["DiceCrossEntropy"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from torch import nn
 
+from fastpie._checks import whole_number
 from fastpie.errors import FastpieError
 from fastpie.pruning import Masks, prune
 from fastpie.pruning.structured import pattern_of
@@ -87,8 +87,8 @@ class GradualPruning(MaskingSchedule):
             FastpieError: for numbers out of these ranges.
         """
         super().__init__(**pruning)
-        self.begin, self.end = _whole("begin", begin, 0), _whole("end", end, 0)
-        self.every = _whole("every", every, 1)
+        self.begin, self.end = whole_number("begin", begin, 0), whole_number("end", end, 0)
+        self.every = whole_number("every", every, 1)
         self.initial, self.final = float(initial), float(final)
         if self.end < self.begin:
             raise FastpieError(f"Expected `end` of at least {begin}, `begin`, but got {end}.")
@@ -149,9 +149,9 @@ class IterativePruning(MaskingSchedule):
         if rewind not in _REWINDS:
             raise FastpieError(f"Expected `rewind` to be one of {_REWINDS}, but got {rewind!r}.")
         self.fraction, self.rewind = float(fraction), rewind
-        self.rewind_to = _whole("rewind_to", rewind_to, 0)
-        self.every = None if every is None else _whole("every", every, 1)
-        self.rounds = None if rounds is None else _whole("rounds", rounds, 0)
+        self.rewind_to = whole_number("rewind_to", rewind_to, 0)
+        self.every = None if every is None else whole_number("every", every, 1)
+        self.rounds = None if rounds is None else whole_number("rounds", rounds, 0)
 
     def sparsity_at(self, step: int) -> float:
         """That of the first round, 0; rounds are no matter of steps."""
@@ -167,15 +167,3 @@ class IterativePruning(MaskingSchedule):
             return 0
         passed = epoch // self.every
         return passed if self.rounds is None else min(passed, self.rounds)
-
-
-def _whole(name: str, value: int, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise FastpieError(
-            f"Expected `{name}` to be a whole number of at least {least}, but got {value!r}."
-        )
-    return number

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
+from fastpie._checks import whole_number
 from fastpie.errors import FastpieError
 from fastpie.mining.result import MiningResult
 from fastpie.training.draws import BLOCK, WeightedDraws
@@ -85,7 +86,7 @@ class HardnessSampler(Sampler[int]):
             raise FastpieError(
                 f"Expected `unscored` to be 'leave_out' or 'mean', but got {unscored!r}."
             )
-        self.seed = _at_least("seed", seed, 0)
+        self.seed = whole_number("seed", seed, 0)
         self.epoch = 0
         self.num_replicas, self.rank = _replica(num_replicas, rank)
         weights = _weights(result, temperature, dataset, by, strength, doubtful, unscored)
@@ -93,7 +94,7 @@ class HardnessSampler(Sampler[int]):
             raise FastpieError(
                 f"Expected samples with a weight above 0, but none of the {len(weights)} has one."
             )
-        self.num_samples = _at_least(
+        self.num_samples = whole_number(
             "num_samples", len(weights) if num_samples is None else num_samples, 1
         )
         self._draws = WeightedDraws(weights)
@@ -107,7 +108,7 @@ class HardnessSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch to draw next. One that is new starts at its beginning."""
-        if _at_least("epoch", epoch, 0) != self.epoch:
+        if whole_number("epoch", epoch, 0) != self.epoch:
             self.epoch = epoch
             self._position = self._start = 0
 
@@ -150,9 +151,11 @@ class HardnessSampler(Sampler[int]):
                     f"Expected the state of a sampler with {name} {value!r}, but got "
                     f"{state.get(name)!r}. Make the sampler as it was, from the same run."
                 )
-        self.seed = _at_least("seed", state["seed"], 0)
-        self.epoch = _at_least("epoch", state["epoch"], 0)
-        self._position = self._start = min(_at_least("position", state["position"], 0), len(self))
+        self.seed = whole_number("seed", state["seed"], 0)
+        self.epoch = whole_number("epoch", state["epoch"], 0)
+        self._position = self._start = min(
+            whole_number("position", state["position"], 0), len(self)
+        )
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a state to mean the same draws."""
@@ -198,18 +201,9 @@ def _replica(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
         num_replicas = distributed.get_world_size() if initialised else 1
     if rank is None:
         rank = distributed.get_rank() if initialised else 0
-    _at_least("num_replicas", num_replicas, 1)
-    if _at_least("rank", rank, 0) >= num_replicas:
+    whole_number("num_replicas", num_replicas, 1)
+    if whole_number("rank", rank, 0) >= num_replicas:
         raise FastpieError(
             f"Expected `rank` below `num_replicas` ({num_replicas}), but got {rank}."
         )
     return num_replicas, rank
-
-
-def _at_least(name: str, value: Any, least: int) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise FastpieError(
-            f"Expected `{name}` to be an int of at least {least}, but got {value!r}."
-        )
-    return int(value)

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastpie._checks import number
 from fastpie.dual.features import features_of, watched
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
-from fastpie.training.criteria_sample import number
 from fastpie.training.metric_losses import SampleMetricLoss, metric_loss_named
 from fastpie.training.objective import Criterion, Supervised, TrainBatch, entry_of
 
