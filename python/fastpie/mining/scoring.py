@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastpie import ops
-from fastpie.dual.output import DualOutput
+from fastpie.dual.output import DualOutput, entry_of, outline_of
 from fastpie.errors import FastpieError
 from fastpie.mining.reading import Problem
 from fastpie.ops.disagreement import SCORES
@@ -86,7 +86,7 @@ class Scorer:
             `features`: pairs of fp32 arrays [n, ...] and [n, L, ...]).
         """
         index = torch.as_tensor(slots)
-        dense, pruned = self._logits(out.dense), self._logits(out.pruned)
+        dense, pruned = entry_of(out.dense, self.output), entry_of(out.pruned, self.output)
         if not self.is_ladder:
             pruned = pruned.unsqueeze(0)
         self._check_shapes(dense, pruned)
@@ -120,7 +120,9 @@ class Scorer:
         keep = good.nonzero().flatten()
         columns = self._columns(dense, pruned, targets, index[keep], scores)
         if copies is not None:
-            columns.update(self._of_committee(dense, self._logits(copies), targets, index[keep]))
+            columns.update(
+                self._of_committee(dense, entry_of(copies, self.output), targets, index[keep])
+            )
         if targets is not None:
             columns = {"label": _label_column(targets[index[keep]], self.task), **columns}
         kept: dict[str, Any] = {}
@@ -140,27 +142,6 @@ class Scorer:
         """Rows for which `fastpie.disagreement` gives NaN: -inf is a class of probability zero."""
         bad = (logits.isnan() | (logits == torch.inf)).any(-1)
         return bad | (logits == -torch.inf).all(-1) if self.task == "multiclass" else bad
-
-    def _logits(self, output: Any) -> Tensor:
-        if self.output is not None:
-            if isinstance(output, Tensor):
-                raise FastpieError(
-                    "Expected a model that returns a dict or tuple for `output`, but it returns a "
-                    "tensor."
-                )
-            try:
-                output = output[self.output]
-            except (KeyError, IndexError, TypeError) as error:
-                raise FastpieError(
-                    f"Expected the model's output to have an entry {self.output!r}, but got "
-                    f"{_outline(output)}."
-                ) from error
-        if not isinstance(output, Tensor):
-            raise FastpieError(
-                f"Expected the model to return a tensor of logits, but got {_outline(output)}; name "
-                "the entry to score with `output`."
-            )
-        return output.as_subclass(Tensor)  # MONAI's MetaTensor, say
 
     def _check_shapes(self, dense: Tensor, pruned: Tensor) -> None:
         expected = {"segmentation": "[N, C, H, ...]"}.get(self.task, "[N, C]")
@@ -261,20 +242,12 @@ def _mean(score: np.ndarray) -> np.ndarray:  # [L, n] -> [n]
     return mean
 
 
-def _outline(output: Any) -> str:
-    if isinstance(output, dict):
-        return f"a dict with the keys {list(output)}"
-    if isinstance(output, tuple | list):
-        return f"a {type(output).__name__} of {len(output)} entries"
-    return type(output).__name__
-
-
 def _features(out: DualOutput, is_ladder: bool) -> tuple[Tensor, Tensor]:
     """Features as [N, D] and [L, N, D]."""
     assert out.features is not None
     dense, pruned = out.features
     if not isinstance(dense, Tensor) or dense.ndim < 2:
-        raise FastpieError(f"Expected features of shape [N, ...], but got {_outline(dense)}.")
+        raise FastpieError(f"Expected features of shape [N, ...], but got {outline_of(dense)}.")
     if not is_ladder:
         pruned = pruned.unsqueeze(0)
     return dense.as_subclass(Tensor).flatten(1), pruned.as_subclass(Tensor).flatten(2)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastpie.dual.inputs import as_arguments
 from fastpie.dual.modes import evaluating
+from fastpie.dual.output import entry_of
 from fastpie.errors import FastpieError
 
 __all__ = [
@@ -145,10 +146,11 @@ def cam_layers(model: nn.Module, x: Any, *, output: str | int | None = None) -> 
                 lambda module, args, result, name=name: keep(name, result)
             )
             stack.callback(hook.remove)
-        logits = model(*as_arguments(x))
-        logits = logits if output is None else logits[output]
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise FastpieError("Expected a classifier with logits [n, C]; name them with `output`.")
+        logits = entry_of(model(*as_arguments(x)), output)
+        if logits.ndim != 2:
+            raise FastpieError(
+                f"Expected a classifier with logits [n, C], but got {list(logits.shape)}."
+            )
         heads: dict[str | None, nn.Linear | None] = {
             name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
         }

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from fastpie.dual.grad_cam import feature_maps_of, grad_cam
 from fastpie.dual.inputs import as_arguments
+from fastpie.dual.output import entry_of
 from fastpie.errors import FastpieError
 from fastpie.scores.cam import CamLayers, class_activation_map
 
@@ -23,10 +24,11 @@ def logits_of(out: Any, output: str | int | None) -> Tensor:  # [n, C]
     Raises:
         FastpieError: if they are none.
     """
-    logits = out if output is None else out[output]
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise FastpieError(f"Expected a classifier with logits [n, C], but got {what}.")
+    logits = entry_of(out, output)
+    if logits.ndim != 2:
+        raise FastpieError(
+            f"Expected a classifier with logits [n, C], but got {list(logits.shape)}."
+        )
     return logits
 
 

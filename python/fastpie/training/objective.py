@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastpie.dual.inputs import as_arguments
-from fastpie.errors import FastpieError
+from fastpie.dual.output import entry_of
 
 __all__ = ["Criterion", "Objective", "Supervised", "TrainBatch", "entry_of"]
 
@@ -97,25 +97,3 @@ class Supervised(Objective):
         """The criterion of each sample."""
         logits = entry_of(self.model(*as_arguments(batch.images)), self.output)
         return self.criterion(logits, batch.labels)
-
-
-def entry_of(output: Any, name: str | int | None) -> Tensor:
-    """The logits in what a model returns.
-
-    Raises:
-        FastpieError: if there are none of that name, or they are no tensor.
-    """
-    if name is not None:
-        try:
-            output = output[name]
-        except (KeyError, IndexError, TypeError) as error:
-            raise FastpieError(
-                f"Expected the model's output to have an entry {name!r}, but got "
-                f"{type(output).__name__}."
-            ) from error
-    if not isinstance(output, Tensor):
-        raise FastpieError(
-            f"Expected the model to return a tensor of logits, but got {type(output).__name__}; "
-            "name the entry with `output`."
-        )
-    return output
