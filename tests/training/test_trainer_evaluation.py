@@ -57,6 +57,7 @@ def test_multilabel_with_unknown_labels() -> None:
     y[5] = torch.nan
     y[:, 2] = torch.where(y[:, 2].isnan(), torch.nan, 0.0)  # no positive: not told
     found = evaluated(model, TensorDataset(x, y))
+    assert evaluated(model, TensorDataset(x, y.nan_to_num(-1.0))) == found
     with torch.no_grad():
         logits = model(x)
     losses = F.binary_cross_entropy_with_logits(logits, y.nan_to_num(), reduction="none")

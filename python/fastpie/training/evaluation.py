@@ -42,7 +42,7 @@ def evaluate_model(
         The metrics, and the samples that could not be read. `loss`: cross-entropy in nats of the
         labels (multilabel: mean over the known classes), whatever the objective minimises, so that
         trainings compare. Labels of whole numbers: `accuracy` and `balanced_accuracy`; labels [n, C]
-        of 0, 1 and NaN: `map` and `mauroc`, means over the classes that have both. Others: `loss`
+        of 0, 1 and NaN or -1 (unknown): `map` and `mauroc`, means over the classes that have both. Others: `loss`
         alone, by the criterion of a `Supervised` objective.
 
     Raises:
@@ -112,6 +112,7 @@ def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
             "accuracy": float(right.mean()),
             "balanced_accuracy": float(np.mean(of_classes)) if of_classes else float("nan"),
         }
+    labels = labels.masked_fill(labels < 0, torch.nan)
     known = ~labels.isnan()
     targets = labels.nan_to_num().double()
     each = F.binary_cross_entropy_with_logits(logits.double(), targets, reduction="none")
