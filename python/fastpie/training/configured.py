@@ -18,6 +18,7 @@ from fastpie.errors import FastpieError
 from fastpie.mining.ranks import Ranks
 from fastpie.pruning import prune
 from fastpie.scores.cam import cam_layers
+from fastpie.scores.cam_disagreement import CamDisagreement
 from fastpie.training.attention import Attention
 from fastpie.training.augment import AUGMENTATIONS, Augmented, Compose
 from fastpie.training.config import Named, TrainConfig
@@ -34,7 +35,6 @@ from fastpie.training.recipes import MASKS, RECIPES, named_class
 from fastpie.training.trainer import Trainer
 from fastpie.training.two_stage import class_balanced_draw_weights
 from fastpie.training.views import TwoViews
-from fastpie.training.weakly_supervised import CamDisagreement
 
 __all__ = ["ConfiguredTraining"]
 
