@@ -254,10 +254,80 @@ class Segmenting(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(1, 8, 3, padding=1)
         self.norm = nn.BatchNorm2d(8)
-        self.head = nn.Conv2d(8, 1, 1)
+        self.head = nn.Conv2d(8, 1, 1, bias=False)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"mask": self.head(self.norm(self.conv(x)).relu())}
+
+
+def misfit(logits: Tensor, masks: Tensor) -> np.ndarray:
+    """Cross-entropy plus 1 - soft Dice of one channel [n, 1, H, W]."""
+    p, t = logits[:, 0].sigmoid(), masks.float()
+    dice = (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)
+    entropy = functional.binary_cross_entropy(p, t, reduction="none").mean((1, 2))
+    found: np.ndarray = (entropy + 1 - dice).numpy()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("score", "guard"), [("iou", "loss"), ("damage", "loss"), ("loss_pruned", "loss_pruned")]
+)
+def test_masks_that_fit_least_are_left_out(score: str, guard: str) -> None:
+    model, images = Segmenting(), torch.randn(20, 1, 8, 8)
+    masks = (images[:, 0] + torch.randn(20, 8, 8) > 0).long()
+    masks[3] = -1
+    data = Labelled(images, masks)
+    found = []
+    for given in ("auto", guard):
+        followed = copy.deepcopy(model)
+        attention = Attention(
+            followed, data, score=score, guard=given, task="segmentation", output="mask", doubtful=0.2,
+            per=[i % 2 for i in range(20)], momentum=0.37, **REFERENCE,
+        )  # fmt: skip
+        rounds = []
+        for epoch in range(2):
+            change(followed, epoch)
+            attention.step(epoch)
+            out = outputs_of(followed, data)
+            logits = (out.dense if guard == "loss" else out.pruned)["mask"]
+            rounds.append(np.delete(misfit(logits, masks.clamp(min=0)), 3))
+        doubt = np.insert(expected_attention(rounds, 0.37), 3, -1)
+        expected = np.zeros(20, bool)
+        expected[np.argsort(-doubt)[:3]] = True  # of the 19 that have a mask
+        found.append(by_index(attention, "doubtful", data))
+        assert (found[-1] == expected).all()
+        assert (attention.weights(data.sample_ids)[torch.from_numpy(expected)] == 0).all()
+
+
+def test_masks_of_other_images_are_doubted() -> None:
+    """Bright discs and their masks, three of 40 another's; the model has learned what is bright."""
+    images = torch.randn(40, 1, 8, 8) * 0.3
+    centres = torch.rand(40, 2) * 7
+    y, x = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    masks = ((y - centres[:, :1, None]) ** 2 + (x - centres[:, 1:, None]) ** 2 < 6).long()
+    images[:, 0] += 2 * masks
+    wrong = torch.argsort(centres[:, 0])[[0, 1, -1]]
+    masks[wrong] = masks[wrong].flip(1)  # another place: that of the image upside down
+    model = Segmenting()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for _ in range(30):
+        optimizer.zero_grad()
+        logits = model(images)["mask"][:, 0]
+        functional.binary_cross_entropy_with_logits(logits, masks.float()).backward()
+        optimizer.step()
+    data = Labelled(images, masks)
+    attention = Attention(
+        model,
+        data,
+        score="loss_pruned",
+        task="segmentation",
+        output="mask",
+        doubtful=0.1,
+        **REFERENCE,
+    )
+    attention.step(0)
+    assert (attention.weights(data.sample_ids)[wrong] == 0).all()
+    assert not attention.hard(data.sample_ids)[wrong].any()
 
 
 @pytest.mark.parametrize("score", ["iou_soft", "loss_pruned"])
@@ -267,7 +337,7 @@ def test_segmentation(score: str) -> None:
     data = Labelled(images, masks if score == "loss_pruned" else None)
     attention = Attention(
         model, data, score=score, task="segmentation", output="mask", per=[i % 2 for i in range(20)],
-        **REFERENCE,
+        guard=None, **REFERENCE,
     )  # fmt: skip
     attention.step(0)
     out = outputs_of(model, data)
@@ -275,10 +345,7 @@ def test_segmentation(score: str) -> None:
         given = fastpie.disagreement(out.dense["mask"], out.pruned["mask"], task="segmentation")
         expected = 1 - given["iou_soft"].numpy()
     else:
-        p, t = out.pruned["mask"][:, 0].sigmoid(), masks.float()
-        dice = (2 * (p * t).sum((1, 2)) + 1) / (p.sum((1, 2)) + t.sum((1, 2)) + 1)
-        entropy = functional.binary_cross_entropy(p, t, reduction="none").mean((1, 2))
-        expected = (entropy + 1 - dice).numpy()
+        expected = misfit(out.pruned["mask"], masks)
     np.testing.assert_allclose(by_index(attention, "score", data), expected, rtol=1e-3, atol=1e-5)
     assert not by_index(attention, "doubtful", data).any()
     assert attention.hard(data.sample_ids).sum() == 4
@@ -416,7 +483,8 @@ def test_turns() -> None:
         ({"doubtful": 1}, r"`doubtful` in \[0, 1\)"),
         ({"warmup": 0}, "`warmup` to be an int of at least 1"),
         ({"every": 2.5}, "`every` to be an int of at least 1"),
-        ({"guard": "loss"}, r"`guard` to be one of \('auto', 'margin'"),
+        ({"guard": "lost"}, r"`guard` to be one of \('auto', 'margin'"),
+        ({"guard": "loss"}, "masks for the guard 'loss', but got 'multiclass' with labels"),
         ({"guard": [1.0, 2.0]}, r"`guard` of shape \[61\]"),
         ({"per": "sex"}, "`per` to be None, 'label'"),
         ({"per": [1, 2]}, "`per` to have a value for each of the 61 samples.*of 2"),

@@ -83,9 +83,9 @@ def test_margin_of_several_labels_is_that_of_the_class_least_spoken_for() -> Non
     labels[0, 2], labels[3] = torch.nan, torch.nan
     scoring = Scoring("js", "multilabel", is_ladder=False, labelled=True, output=None)
     pruned = torch.randn(8, 5)
-    margins = scoring(DualOutput(dense, pruned, None), labels, lambda: ()).margins
+    doubts = scoring(DualOutput(dense, pruned, None), labels, lambda: ()).doubts
     for name, logits in (("margin", dense), ("margin_pruned", pruned)):
-        for i, found in enumerate(margins[name]):
+        for i, found in enumerate(-doubts[name]):
             known = [
                 float(logits[i, c] if labels[i, c] == 1 else -logits[i, c])
                 for c in range(5)

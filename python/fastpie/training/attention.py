@@ -139,14 +139,16 @@ class Attention:
                 of several labels the class that the model speaks for least. "probe": the margin of a
                 leave-one-out ridge probe on features (`fastpie.analysis.probe`), those that the
                 DualModel names, else of the early stages; what found most wrong labels in
-                docs/design/quality.md; it keeps the features of all samples on rank 0 in memory. A
-                function as `score`, or an array in the order of the data set, of doubts (higher = more
-                doubtful), compared over all samples. None for none. "auto": where there are labels of
-                classes "margin_pruned" for scores of the pruned model alone ("margin_pruned" and
-                "loss_pruned", which then are mined without the dense model, in half the time), "margin"
-                for others; else None.
-            doubtful: the fraction of each class that is most in doubt, in [0, 1), rounded down, so that a
-                class of a few samples loses none.
+                docs/design/quality.md; it keeps the features of all samples on rank 0 in memory.
+                "loss", "loss_pruned": masks that the dense or the pruned model is furthest from
+                (`segmentation_loss`), over all samples, by ranks with the same momentum: the mask of
+                another image. A function as `score`, or an array in the order of the data set, of doubts
+                (higher = more doubtful), compared over all samples. None for none. "auto": of labels of
+                classes "margin", of masks (labels of at least two dimensions) "loss", else None; for scores
+                of the pruned model alone ("margin_pruned" and "loss_pruned", which then are mined without
+                the dense model, in half the time) "margin_pruned" and "loss_pruned".
+            doubtful: the fraction that is most in doubt, in [0, 1), of each class (of masks and of
+                functions: of all samples), rounded down, so that a class of a few samples loses none.
             doubtful_weight: of these, before the scaling to a mean of 1: 0 leaves them out, 1 counts them as
                 samples without attention.
             task: "multiclass", "multilabel", "segmentation" or "embedding".
@@ -203,7 +205,7 @@ class Attention:
             labelled=sweep.kind.label is not None,
             output=output,
         )
-        self._guard = Guard(guard, self._scoring, self._plan.order)
+        self._guard = Guard(guard, self._scoring, self._plan.order, sweep.kind.label)
         strata = self._strata_of(per)
         count = len(self._plan)
         self._attended = Attended(

@@ -37,6 +37,7 @@ _LABELLED = {
     "embedding": (),
 }
 _OF_PRUNED = ("margin_pruned", "loss_pruned")
+_LOSS_OF = {"loss": "loss_dense", "loss_pruned": "loss_pruned"}  # by guard
 _NEGATED = ("margin_pruned", "margin_dense")
 
 
@@ -46,14 +47,15 @@ class BatchScores:
 
     Attributes:
         hardness: fp64 [B], higher = harder; NaN where it is unknown.
-        margins: fp64 [B], how far the dense ("margin") and the pruned model ("margin_pruned") speak for
-            the label; NaN for an unknown label. Several labels: of the class it speaks for least. Empty
-            without labels of classes.
+        doubts: fp64 [B] by guard, higher = more doubtful; NaN for an unknown label. Of labels of classes
+            how far the dense ("margin") and the pruned model ("margin_pruned") speak for the label,
+            negated; several labels: of the class it speaks for least. Of masks, after `watch_losses`,
+            the losses of both ("loss", "loss_pruned").
         labels: int64 [B], -1 unknown, or fp32 [B, C] of 1, 0, NaN; None without.
     """
 
     hardness: np.ndarray
-    margins: dict[str, np.ndarray]
+    doubts: dict[str, np.ndarray]
     labels: np.ndarray | None
 
 
@@ -64,6 +66,7 @@ class Scoring:
         name: of the score.
         task: "multiclass", "multilabel", "segmentation" or "embedding".
         of_classes: whether there are labels of classes, and so margins.
+        of_masks: whether there are labels for segmentations.
         needs_dense: whether the pruned model's outputs are not enough.
     """
 
@@ -99,11 +102,18 @@ class Scoring:
         self.name = _name(score)
         self.task = task
         self.of_classes = labelled and task in ("multiclass", "multilabel")
+        self.of_masks = labelled and task == "segmentation"
         self.needs_dense = self.name not in _OF_PRUNED
         self._is_ladder = is_ladder
-        self._labelled = labelled
         self._output = output
+        self._losses: set[str] = set()
+        if self.of_masks and self.name in _LOSSES:
+            self._losses = {"loss_pruned", "loss_dense"} if self.name == "damage" else {self.name}
         self._own_takes_images = self._own is not None and takes_images(self._own)
+
+    def watch_losses(self, guard: str) -> None:
+        """Give the doubts "loss" or "loss_pruned" of masks from now on."""
+        self._losses.add(_LOSS_OF[guard])
 
     def __call__(
         self, out: DualOutput, labels: Any, images: Callable[[], tuple[Any, ...]]
@@ -118,9 +128,9 @@ class Scoring:
         Raises:
             FastpieError: for outputs or labels that the task does not have.
         """
-        margins: dict[str, Tensor] = {}
+        doubts: dict[str, Tensor] = {}
         targets = hardness = None
-        if self.of_classes or self._own is None:
+        if self.of_classes or self._own is None or self._losses:
             dense, pruned = self._logits(out)
             if self.of_classes:
                 targets = _class_targets(labels, dense, self.task)
@@ -128,10 +138,16 @@ class Scoring:
                 scores = _class_scores(dense, pruned, targets, self.task)
                 if targets is not None:
                     margins = _margins(dense, pruned, targets, self.task, scores)
+                    doubts = {name: -margin for name, margin in margins.items()}
             else:
                 scores = self._other_scores(dense, pruned, labels)
+                doubts = {
+                    guard: _mean(scores[loss])
+                    for guard, loss in _LOSS_OF.items()
+                    if loss in self._losses
+                }
             if self.name != RANDOM and self._own is None:
-                value = scores[self.name].cpu().double().mean(0)  # over the levels
+                value = _mean(scores[self.name])
                 hardness = -value if self.name in _NEGATED else value
         if self._own is not None:
             arguments = (
@@ -143,7 +159,7 @@ class Scoring:
             hardness = torch.where(finite.isnan(), torch.nan, 0.0).cpu().double()
         return BatchScores(
             hardness.numpy(),
-            {name: margin.numpy() for name, margin in margins.items()},
+            {name: doubt.numpy() for name, doubt in doubts.items()},
             None if targets is None else targets.cpu().numpy(),
         )
 
@@ -164,12 +180,16 @@ class Scoring:
     def _other_scores(self, dense: Tensor, pruned: Tensor, labels: Any) -> dict[str, Tensor]:
         if self.task == "embedding":
             return {"drift": ops.embedding_disagreement(dense, pruned)}
-        iou, iou_soft = ops.segmentation_disagreement(dense, pruned)
-        scores = {"iou": 1 - iou, "iou_soft": 1 - iou_soft}
-        if self.name in _LOSSES:
-            of_dense = segmentation_loss(dense, labels).unsqueeze(0)
-            of_pruned = torch.stack([segmentation_loss(level, labels) for level in pruned])
-            scores.update(loss_dense=of_dense, loss_pruned=of_pruned, damage=of_pruned - of_dense)
+        scores: dict[str, Tensor] = {}
+        if self.name in ("iou", "iou_soft", RANDOM):
+            iou, iou_soft = ops.segmentation_disagreement(dense, pruned)
+            scores.update(iou=1 - iou, iou_soft=1 - iou_soft)
+        if "loss_dense" in self._losses:
+            scores["loss_dense"] = segmentation_loss(dense, labels).unsqueeze(0)
+        if "loss_pruned" in self._losses:
+            scores["loss_pruned"] = torch.stack([segmentation_loss(z, labels) for z in pruned])
+        if self.name == "damage":
+            scores["damage"] = scores["loss_pruned"] - scores["loss_dense"]
         return scores
 
 
@@ -253,13 +273,17 @@ def _class_scores(
     return scores
 
 
+def _mean(of_levels: Tensor) -> Tensor:  # [L, B] -> fp64 [B], on the CPU
+    return of_levels.cpu().double().mean(0)
+
+
 def _margins(
     dense: Tensor, pruned: Tensor, targets: Tensor, task: str, scores: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     if task == "multiclass":
         return {
-            "margin": scores["margin_dense"][0].cpu().double(),
-            "margin_pruned": scores["margin_pruned"].cpu().double().mean(0),
+            "margin": _mean(scores["margin_dense"][:1]),
+            "margin_pruned": _mean(scores["margin_pruned"]),
         }
 
     def lowest(

@@ -16,45 +16,58 @@ from fastpie.training.strata import rarest_positive
 
 __all__ = ["Findings", "Guard"]
 
-_BY_NAME = ("margin", "margin_pruned", "probe")
+_OF_CLASSES = ("margin", "margin_pruned", "probe")
+_OF_MASKS = ("loss", "loss_pruned")
 
 
 class Guard:
     """How labels are doubted; see `Attention`.
 
     Attributes:
-        name: "margin", "margin_pruned", "probe", "function", "given" or None.
+        name: "margin", "margin_pruned", "probe", "loss", "loss_pruned", "function", "given" or None.
         by_class: whether doubt is compared within classes: a rare class has low margins altogether.
         needs_dense: whether the pruned model's outputs are not enough.
     """
 
-    def __init__(self, guard: Any, scoring: Scoring, order: np.ndarray) -> None:
+    def __init__(
+        self, guard: Any, scoring: Scoring, order: np.ndarray, label: list[int] | str | None
+    ) -> None:
         """Check a guard.
 
         Args:
             guard: what the user gave.
             scoring: what the samples are scored by.
             order: index in the data set of each position.
+            label: what the labels are like, `Kind.label`.
 
         Raises:
             FastpieError: for one that there is not, or that needs labels.
         """
         if isinstance(guard, str) and guard == "auto":
-            guard = "margin" if scoring.needs_dense else "margin_pruned"
-            guard = guard if scoring.of_classes else None
+            guard = None
+            if scoring.of_classes:
+                guard = "margin" if scoring.needs_dense else "margin_pruned"
+            elif scoring.of_masks and isinstance(label, list) and len(label) > 1:  # an image
+                guard = "loss" if scoring.needs_dense else "loss_pruned"
         self.function: Callable[..., Any] | None = None
         self.given: np.ndarray | None = None
         if guard is None or isinstance(guard, str):
             self.name = guard
-            if guard not in (None, *_BY_NAME):
+            names = ("auto", *_OF_CLASSES, *_OF_MASKS)
+            if guard not in (None, *names):
                 raise FastpieError(
-                    f"Expected `guard` to be one of {('auto', *_BY_NAME)}, None, a function or an "
-                    f"array, but got {guard!r}."
+                    f"Expected `guard` to be one of {names}, None, a function or an array, but got "
+                    f"{guard!r}."
                 )
-            if guard is not None and not scoring.of_classes:
+            if guard in _OF_CLASSES and not scoring.of_classes:
                 raise FastpieError(
                     f"Expected labels of classes for the guard {guard!r}, but there are none: pass a "
                     "function or an array of doubts, or None."
+                )
+            if guard in _OF_MASKS and not scoring.of_masks:
+                raise FastpieError(
+                    f"Expected task 'segmentation' and masks for the guard {guard!r}, but got "
+                    f"{scoring.task!r} {'without' if label is None else 'with'} labels."
                 )
         elif callable(guard):
             self.name, self.function = "function", guard
@@ -67,8 +80,10 @@ class Guard:
                     f"the data set, but got {list(values.shape)}."
                 )
             self.given = values[order]
-        self.by_class = self.name in _BY_NAME
-        self.needs_dense = self.name not in ("margin_pruned", "given", None)
+        self.by_class = self.name in _OF_CLASSES
+        self.needs_dense = self.name not in ("margin_pruned", "loss_pruned", "given", None)
+        if self.name in _OF_MASKS:
+            scoring.watch_losses(self.name)
         self.takes_images = self.function is not None and takes_images(self.function)
 
 
@@ -107,8 +122,8 @@ class Findings:
             known = labels >= 0 if labels.ndim == 1 else (labels >= 0).any(1)
         if self._guard is None:
             pass
-        elif self._guard.name in scores.margins:
-            self.doubt[positions] = -scores.margins[self._guard.name][slots]
+        elif self._guard.name in scores.doubts:
+            self.doubt[positions] = scores.doubts[self._guard.name][slots]
         elif self._guard.name == "probe":
             assert out.features is not None
             features = out.features.dense
