@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
@@ -16,6 +19,7 @@ from fastpie import FastpieError
 from fastpie.training.consistency import Consistency, consistency
 from fastpie.training.objective import TrainBatch
 from recording import Small
+from training_runs import start
 
 CASES = [
     ("multiclass", "kl"),
@@ -130,6 +134,44 @@ def test_without_hard_samples_it_is_the_criterion() -> None:
         losses = objective(TrainBatch(x, y, ["a"] * 4, hard))
         plain = functional.cross_entropy(objective.model(x), y, reduction="none")
         assert torch.equal(losses, plain)
+
+
+class Synchronised(nn.SyncBatchNorm):
+    """Waits for the other processes, as SyncBatchNorm does on a GPU, but on the CPU as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            dist.all_reduce(torch.ones(1))
+        return functional.batch_norm(x, None, None, self.weight, self.bias, training=True)
+
+
+def of_rank(rank: int, folder: Path) -> None:
+    """A process that has a hard sample in its second batch if it is the first one."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2,
+        timeout=timedelta(seconds=20),
+    )  # fmt: skip
+    torch.manual_seed(rank)
+    net = nn.Sequential(nn.Linear(4, 8), Synchronised(8), nn.Linear(8, 3))
+    objective = Consistency(
+        net, lambda z, y: functional.cross_entropy(z, y, reduction="none"), strength=3.0
+    )
+    x, y = torch.randn(5, 4), torch.randint(3, (5,))
+    plain = functional.cross_entropy(net(x), y, reduction="none")
+    for number in range(3):
+        hard = torch.tensor([False, number == 1 and rank == 0, False, False, False])
+        losses = objective(TrainBatch(x, y, ["a"] * 5, hard))
+        losses.sum().backward()
+        assert torch.equal(losses > plain, hard)
+        assert torch.equal(losses[~hard], plain[~hard])
+    dist.destroy_process_group()
+
+
+def test_processes_that_share_statistics_run_the_pruned_model_together(tmp_path: Path) -> None:
+    started = [start(of_rank, rank, tmp_path) for rank in range(2)]
+    for process in started:
+        process.join(60)
+        assert process.exitcode == 0
 
 
 def test_masks_are_those_of_the_weights_of_the_epoch() -> None:

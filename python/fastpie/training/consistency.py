@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastpie.dual import DualModel
@@ -98,9 +99,12 @@ class Consistency(Objective):
         restore = random_state(args)
         dense = entry_of(self.dual.model(*args), self.output)
         losses = self.criterion(dense, batch.labels)
-        if batch.hard is None or self.strength == 0 or not batch.hard.any():
+        if batch.hard is None or self.strength == 0:
             return losses
-        rows = batch.hard.to(dense.device).nonzero().flatten()
+        hard = batch.hard.to(dense.device)
+        if not self._run_pruned(hard):
+            return losses
+        rows = hard.nonzero().flatten()
         after = random_state(args)
         total = torch.zeros(len(rows), device=dense.device)
         with torch.no_grad():
@@ -114,6 +118,16 @@ class Consistency(Objective):
             d = consistency(dense[rows], of_level, distance=self.distance, task=self.task)
             total = total + d.float() / len(pruned)
         return losses.index_add(0, rows, (self.strength * total).to(losses.dtype))
+
+    def _run_pruned(self, hard: Tensor) -> bool:
+        """Whether a sample is hard; with SyncBatchNorm in any process, for all have to run it then."""
+        some = hard.any()
+        if self.training and any(isinstance(m, nn.SyncBatchNorm) for m in self.dual.modules()):
+            if dist.is_available() and dist.is_initialized():
+                of_all = some.int()
+                dist.all_reduce(of_all, dist.ReduceOp.MAX)
+                return bool(of_all)
+        return bool(some)
 
 
 def consistency(
