@@ -67,7 +67,7 @@ class MovingAttention:
     def hard(self, ids: Sequence[str]) -> Tensor:
         return self._of(ids) > self.scores.median()
 
-    def draw_weights(self) -> Tensor | None:
+    def draw_weights(self, ids: Any = None) -> Tensor | None:
         return self.scores if self.draws else None
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from fastpie.training.objective import Supervised
 from fastpie.training.trainer import Trainer
@@ -41,13 +41,17 @@ class StoppedError(Exception):
     """A step that fails."""
 
 
-def trained(out: Path | None, attend: str, stop: int = 1000) -> tuple[dict[str, Tensor], Any]:
+def trained(
+    out: Path | None, attend: str, stop: int = 1000, order: list[int] | None = None
+) -> tuple[dict[str, Tensor], Any]:
     torch.manual_seed(0)
     layers = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 3)
     model = nn.Sequential(*layers)
     objective = Supervised(model, lambda z, y: F.cross_entropy(z, y, reduction="none"))
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
-    mined = attention.Attention(model, Images(False), warmup=2, every=2, attend=attend)
+    mined = attention.Attention(
+        model, Subset(Images(False), order or range(COUNT)), warmup=2, every=2, attend=attend
+    )
     steps = iter(range(stop))
 
     def count(*args: Any) -> None:
@@ -78,6 +82,12 @@ def test_goes_on_with_what_was_mined(tmp_path: Path, attend: str) -> None:
         ids = list(Images.sample_ids)
         assert torch.equal(mined.weights(ids), whole.weights(ids))
         assert torch.equal(mined.hard(ids), whole.hard(ids))
+
+
+def test_draws_follow_the_ids_where_the_mined_data_set_is_in_another_order() -> None:
+    drawn, _ = trained(None, "oversample")
+    shuffled, _ = trained(None, "oversample", order=torch.randperm(COUNT).tolist())
+    check_same(shuffled, drawn)
 
 
 def test_attention_changes_the_training() -> None:

@@ -110,7 +110,11 @@ class Plan:
             FastpieError: for an id that is not there.
         """
         array = self.sample_ids.array
-        wanted = pa.array([text_id(i) for i in sample_ids], pa.large_string())
+        wanted = (
+            sample_ids.array
+            if isinstance(sample_ids, Texts)
+            else pa.array([text_id(i) for i in sample_ids], pa.large_string())
+        )
         first = np.zeros(len(wanted), np.int64)
         last = np.full(len(wanted), len(array) - 1)  # ids are at least one
         for _ in range(len(array).bit_length()):

@@ -330,17 +330,27 @@ class Attention:
         """Which samples are hard to learn (HTL); arguments and errors as of `weights`."""
         return torch.from_numpy(self._attended.hard[self._plan.find(_listed(ids))]).to(device)
 
-    def draw_weights(self) -> np.ndarray | None:  # fp64 [N], in the order of the data set
+    def draw_weights(self, ids: Sequence[Any] | None = None) -> np.ndarray | None:  # fp64 [N]
         """Probabilities to draw the samples of an epoch with, for "oversample"; they sum to 1.
 
         For `torch.utils.data.WeightedRandomSampler(attention.draw_weights(), len(train_set))`. None
         before the first mining, when every sample is to be drawn once, and for other ways to attend.
+
+        Args:
+            ids: of the samples to draw from, in their order; by default all, in the order of the data
+                set that was given to the Attention.
+
+        Raises:
+            FastpieError: for an id that is not in the data set.
         """
         if self.attend != "oversample" or not self.epochs:
             return None
-        weights = np.empty(len(self._plan))
-        weights[self._plan.order] = self._attended.weights / self._attended.weights.sum()
-        return weights
+        if ids is None:
+            weights = np.empty(len(self._plan))
+            weights[self._plan.order] = self._attended.weights
+        else:
+            weights = self._attended.weights[self._plan.find(ids)]
+        return weights / weights.sum()
 
     def table(self) -> pa.Table:
         """One row a sample, in sample_id order.

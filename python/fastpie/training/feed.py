@@ -50,6 +50,9 @@ class Feed(Reader):
 
     Items are `(image[, label[, sample_id]])` or dicts with `image`, `label`, `sample_id` and others,
     which become `TrainBatch.extra`: collated where torch can, else a list.
+
+    Attributes:
+        ids: of all samples, where the data set tells them without reading one; else None.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class Feed(Reader):
     ) -> None:
         """Borrow from a DataLoader or take a data set; see `Reader`."""
         super().__init__(data, batch_size=batch_size, num_workers=num_workers)
-        self._ids = known_sample_ids(self.dataset)
+        self.ids = known_sample_ids(self.dataset)
 
     def batches(
         self,
@@ -99,7 +102,7 @@ class Feed(Reader):
 
     def sample_id(self, index: int) -> str:
         """Of a sample, told by the data set or else its index."""
-        return str(index) if self._ids is None else text_id(self._ids[index])
+        return str(index) if self.ids is None else text_id(self.ids[index])
 
     def _named(
         self,

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
 from fastpie.mining.interruption import Interruption
+from fastpie.mining.plan import ids_of
 from fastpie.mining.ranks import Ranks
 from fastpie.training.configuration import configuration_of, digest_of_draws
 from fastpie.training.evaluation import evaluate_model
@@ -167,6 +168,8 @@ class Trainer:
         self._feed = Feed(data, batch_size=batch_size, num_workers=num_workers)
         if batch_size is None and not isinstance(data, DataLoader):
             self._feed.batch_size = _BATCH_SIZE
+        # The data set that is mined may be in another order.
+        self._ids = None if attention is None or self._feed.ids is None else ids_of(self._feed.ids)
         self._valid = None
         if valid is not None:
             own = None if isinstance(valid, DataLoader) else self._feed.batch_size
@@ -303,7 +306,7 @@ class Trainer:
     def _steps(self, interruption: Interruption) -> bool:
         """The steps that remain of an epoch; False if they were interrupted, with a checkpoint."""
         progress, epoch = self._progress, self._progress.epoch
-        weights = None if self.attention is None else self.attention.draw_weights()
+        weights = None if self.attention is None else self.attention.draw_weights(self._ids)
         weights = self._draw_weights if weights is None else weights
         order = epoch_order(self._cut.samples, self.seed, epoch, weights)
         remaining = range(progress.batch, len(self._cut))
