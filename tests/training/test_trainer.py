@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 import fastpie
 from fastpie import FastpieError
@@ -256,6 +263,23 @@ def test_several_views_are_a_tuple() -> None:
 
     result = fit(Pair(), Views(), batch_size=4)
     assert result.history[0]["images"] == 6
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sampler": SubsetRandomSampler(range(9))},
+        {"sampler": WeightedRandomSampler([1.0] * SAMPLES, SAMPLES)},
+        {"sampler": RandomSampler(range(SAMPLES), num_samples=9)},
+        {"batch_sampler": [[0, 1], [2]]},
+    ],
+)
+def test_a_sampler_that_would_not_be_used_is_refused(options: dict[str, Any]) -> None:
+    for name in ("data", "valid"):
+        with pytest.raises(FastpieError, match=r"would not be used.*Subset.*draw_weights"):
+            trainer_of(**{name: DataLoader(Points(), **options)})
+    for shuffle in (False, True):
+        trainer_of(data=DataLoader(Points(), batch_size=4, shuffle=shuffle))
 
 
 # ---------------------------------------------------------------------- bad data, bad numbers

@@ -9,8 +9,17 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+from torch.utils.data.distributed import DistributedSampler
 
+from fastpie.errors import FastpieError
 from fastpie.mining.batching import image_fault, of_one_depth, reason_of
 from fastpie.mining.loading import load
 from fastpie.mining.plan import known_sample_ids, text_id
@@ -62,7 +71,13 @@ class Feed(Reader):
         batch_size: int | None = None,
         num_workers: int | None = None,
     ) -> None:
-        """Borrow from a DataLoader or take a data set; see `Reader`."""
+        """Borrow from a DataLoader or take a data set; see `Reader`.
+
+        Raises:
+            FastpieError: for a DataLoader that does not take each sample once: its sampler is not used.
+        """
+        if isinstance(data, DataLoader):
+            _check_sampler(data)
         super().__init__(data, batch_size=batch_size, num_workers=num_workers)
         self.ids = known_sample_ids(self.dataset)
 
@@ -180,6 +195,23 @@ class _Items:
         if isinstance(images, list):  # how torch collates tuples
             images = tuple(images)
         return images, labels, extra, [index for index, _ in readable], ids, unreadable
+
+
+def _check_sampler(loader: DataLoader[Any]) -> None:
+    batches, samples = loader.batch_sampler, loader.sampler
+    once = isinstance(samples, SequentialSampler | DistributedSampler) or (
+        isinstance(samples, RandomSampler)
+        and not samples.replacement
+        and samples.num_samples == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    if once and type(batches) in (BatchSampler, type(None)):
+        return
+    own = type(batches if once else samples).__name__
+    raise FastpieError(
+        f"Expected a DataLoader that takes each sample once an epoch, but its {own} says otherwise and "
+        "would not be used. Give torch.utils.data.Subset(...) to train on some of the samples, and "
+        "`draw_weights` to draw some of them more often."
+    )
 
 
 def _collated(items: list[Any], raw: bool) -> tuple[Any, Any, dict[str, Any]]:

@@ -104,7 +104,7 @@ class Trainer:
         Args:
             objective: what a step minimises.
             data: to train on, map-style; items as `Feed` takes them. A DataLoader lends its data set,
-                batch size, workers and collate function.
+                batch size, workers and collate function; one with a sampler of its own is refused.
             optimizer: of the objective's parameters.
             epochs: how many, from the first one on.
             batch_size: the most samples in a step, of all processes together; by default the
