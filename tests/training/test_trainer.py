@@ -352,8 +352,12 @@ def test_a_step_without_finite_gradients_is_not_taken() -> None:
     objective = Poisoned(trainer_of().objective.model, {"case-3"})
     result = fit(objective, Points(), batch_size=8, epochs=3)
     assert [row["skipped_steps"] for row in result.history] == [1, 1, 1]
-    assert all(math.isfinite(row["loss"]) for row in result.history)
+    assert all(0.1 < row["loss"] < 2 for row in result.history)
+    assert all(row["images"] in (SAMPLES - 8, SAMPLES - 7) for row in result.history)
     assert all(p.isfinite().all() for p in objective.parameters())
+    still = fit(objective, Points(), batch_size=SAMPLES).history[0]
+    assert math.isnan(still["loss"])  # no step, no loss
+    assert still["images"] == 0
 
 
 def test_many_steps_without_finite_gradients_end_the_training() -> None:

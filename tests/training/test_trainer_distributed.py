@@ -65,7 +65,7 @@ def test_a_share_that_cannot_be_read_skips_the_batch(tmp_path: Path) -> None:
     )
     for one in found:
         assert one["history"][0]["skipped_batches"] == 1
-        assert one["history"][0]["images"] == SAMPLES - 4
+        assert one["history"][0]["images"] == SAMPLES - 8
     check_same(
         {k: v for k, v in found[1]["state"].items() if "running" not in k},
         {k: v for k, v in found[0]["state"].items() if "running" not in k},

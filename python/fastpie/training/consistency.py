@@ -121,12 +121,11 @@ class Consistency(Objective):
 
     def _run_pruned(self, hard: Tensor) -> bool:
         """Whether a sample is hard; with SyncBatchNorm in any process, for all have to run it then."""
-        some = hard.any()
-        if self.training and any(isinstance(m, nn.SyncBatchNorm) for m in self.dual.modules()):
-            if dist.is_available() and dist.is_initialized():
-                of_all = some.int()
-                dist.all_reduce(of_all, dist.ReduceOp.MAX)
-                return bool(of_all)
+        some = hard.any().int()
+        joined = dist.is_available() and dist.is_initialized()
+        synchronised = (isinstance(m, nn.SyncBatchNorm) for m in self.dual.modules())
+        if self.training and joined and any(synchronised):
+            dist.all_reduce(some, dist.ReduceOp.MAX)
         return bool(some)
 
 

@@ -22,8 +22,8 @@ class TrainResult:
 
     Attributes:
         history: a row an epoch, by name: `epoch`, `loss` (mean over samples of the weighted loss),
-            `images`, `unreadable` (samples left out), `skipped_steps` (gradients not finite),
-            `skipped_batches` (nothing readable in some process), `lr`, `seconds` and
+            `images` (of the steps taken), `unreadable` (samples left out), `skipped_steps`
+            (gradients not finite), `skipped_batches` (nothing readable in some process), `lr`, `seconds` and
             `images_per_second` of the steps, what `valid` or `evaluate` found (`valid_loss`, ...),
             `evaluation_seconds`, `mining_seconds`, and of a GPU its utilisation, power and memory.
         best: the epoch whose `monitor` is best; None without one.
@@ -48,7 +48,7 @@ class Progress:
         begun: whether the epoch has begun: what is done before its first batch.
         batch: the batch of it that comes next.
         loss: sum of the epoch's weighted losses so far, of this process.
-        images: of the epoch so far, in all processes.
+        images: of the epoch's steps that were taken so far, in all processes.
         seconds: of the epoch's steps so far.
         skipped_steps: of the epoch.
         skipped_batches: of the epoch.

@@ -326,7 +326,6 @@ class Trainer:
                 go_on, samples, lacking = self._agree(len(fetched.ids), interruption)
                 if not go_on:
                     return False
-                progress.images += samples
                 progress.note(self._feed, fetched.unreadable)
                 if lacking:
                     progress.skipped_batches += 1
@@ -370,6 +369,7 @@ class Trainer:
             self._not_finite(number)
             return
         progress.not_finite = 0
+        progress.images += samples
         progress.loss += loss
         if self.masked is not None:
             self.masked.after_step()
@@ -393,10 +393,10 @@ class Trainer:
     def _row(self) -> dict[str, Any]:
         """The row of the epoch, after its evaluation and mining."""
         progress = self._progress
-        trained = max(progress.images, 1)
+        loss = sum(self._ranks.all(progress.loss))
         row: dict[str, Any] = {
             "epoch": progress.epoch,
-            "loss": sum(self._ranks.all(progress.loss)) / trained,
+            "loss": loss / progress.images if progress.images else math.nan,
             "images": progress.images,
             "unreadable": progress.share_errors(self._ranks, self._cut.samples),
             "skipped_steps": progress.skipped_steps,
