@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from typing import Any
 
 import numpy as np
@@ -131,6 +132,20 @@ def test_ways_to_attend() -> None:
     picks = np.bincount(list(WeightedRandomSampler(drawn.tolist(), 60_000)), minlength=COUNT)
     assert np.abs(picks / 60_000 - drawn).max() < 6 * np.sqrt(drawn.max() / 60_000)
     assert found["soft"].draw_weights() is None
+
+
+def test_a_model_that_was_moved_after_it_was_given_is_told_of() -> None:
+    for device in (None, "cpu"):
+        model = Small()
+        attention = Attention(model, labelled(), device=device, **REFERENCE)
+        model.to("meta")
+        with pytest.raises(NotImplementedError), warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            attention.step(0)
+        assert [str(w.message)[:24] for w in told] == ["The model is on meta now"] * (
+            device is None
+        )
+        assert all(w.filename == __file__ for w in told)
 
 
 # ---------------------------------------------------------------------- guards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from fastpie.pruning.prunable import prunable_weights
 from fastpie.pruning.prune import METHODS
 from fastpie.pruning.structured import pattern_of
 
-__all__ = ["Follower", "rule_of", "trained"]
+__all__ = ["Follower", "rule_of", "trained", "usable_device"]
 
 
 class Follower:
@@ -60,7 +61,8 @@ class Follower:
         self._options = {"precision": precision, "backend": backend}
         self._engine: DualEngine | None = None
         self.plan: dict[str, Any] | None = None
-        self.device = _place(device, self._model)
+        self.device = usable_device(device, self._model)
+        self._given = device is not None
         private = _private(self._model, self.device)
         self.dual = DualModel(private, masks, named if features else None).eval()
         self._alone: DualModel | None = None
@@ -105,6 +107,7 @@ class Follower:
                 self.dual.recalibrate(batches())
             return {k: v.cpu() for k, v in _tensors(self.dual).items()} if ranks.count > 1 else {}
 
+        self._check_device()
         live, own = _tensors(self._model), _tensors(self.dual.model)
         if {k: v.shape for k, v in live.items()} != {k: v.shape for k, v in own.items()}:
             raise FastpieError(
@@ -142,6 +145,17 @@ class Follower:
     def take_plan(self, plan: dict[str, Any] | None) -> None:
         """Choose kernels as an earlier engine did."""
         self.plan, self._engine = plan, None
+
+    def _check_device(self) -> None:
+        """Warn once of a model that was moved to a GPU after it was copied."""
+        now = next(self._model.parameters()).device
+        if not self._given and now.type != self.device.type:
+            warnings.warn(
+                f"The model is on {now} now, but was on {self.device} when it was given to be mined, and "
+                "is mined there. Move it before, or say with `device` where to mine.",
+                stacklevel=5,
+            )
+            self._given = True
 
     def _compile(self, example: tuple[Any, ...]) -> DualEngine:
         dual = self._alone or self.dual
@@ -208,7 +222,12 @@ def rule_of(masks: Masks, model: nn.Module) -> dict[str, Any]:
     return rule
 
 
-def _place(device: str | torch.device | None, model: nn.Module) -> torch.device:
+def usable_device(device: str | torch.device | None, model: nn.Module) -> torch.device:
+    """A device, or where the model is; a GPU with its number.
+
+    Raises:
+        FastpieError: for one that torch cannot use.
+    """
     try:
         return torch.empty(0, device=device or next(model.parameters()).device).device
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter

@@ -27,6 +27,7 @@ from fastpie.data.manifest import Manifest
 from fastpie.dual import DualModel
 from fastpie.dual.inputs import as_arguments
 from fastpie.errors import FastpieError
+from fastpie.mining.follower import usable_device
 from fastpie.mining.interruption import Interruption
 from fastpie.mining.lanes import Lanes
 from fastpie.mining.lock import RunLock
@@ -154,7 +155,7 @@ class Session:
     ) -> None:
         """Load the first model, and know with it what decides the results; see `mine`."""
         self._first = first = self.loaders[0]()
-        self.lanes = Lanes(_usable_device(device, first))
+        self.lanes = Lanes(usable_device(device, first))
         self.config = {
             "task": task,
             "batch_size": self.reader.batch_size,
@@ -725,17 +726,6 @@ def _free_memory() -> int:
         return int(kibibytes) * 1024
     except (OSError, StopIteration):  # not Linux: half of what there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _usable_device(device: str | torch.device | None, dual: DualModel) -> torch.device:
-    if device is None:
-        return next(dual.model.parameters()).device
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
-        raise FastpieError(
-            f"Expected a device that torch can use, but got {device!r}: {error}"
-        ) from error
 
 
 def _short(value: Any) -> str:
