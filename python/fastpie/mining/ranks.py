@@ -57,7 +57,7 @@ class Ranks:
         if raised is not None:
             raise raised
         if message[1] is not None:
-            raise FastpieError(f"Rank 0 could not begin: {message[1]}")
+            raise FastpieError(f"Rank 0 could not go on: {message[1]}")
         result: _T = message[0]
         return result
 

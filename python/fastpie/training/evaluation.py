@@ -104,6 +104,11 @@ def _metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     if labels.ndim == 1:
         known = labels >= 0
         logits, labels = logits[known], labels[known]
+        if len(labels) and int(labels.max()) >= logits.shape[1]:
+            raise FastpieError(
+                f"Expected labels below {logits.shape[1]}, the classes of the model, but got "
+                f"{int(labels.max())}."
+            )
         loss = F.cross_entropy(logits.double(), labels.long())
         right = (logits.argmax(1) == labels).double()
         of_classes = [float(right[labels == c].mean()) for c in labels.unique()]

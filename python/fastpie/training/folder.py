@@ -85,12 +85,16 @@ class TrainingFolder:
         Args:
             progress: of this process.
             parts: what has a `state_dict`, by name.
+
+        Raises:
+            FastpieError: in every process, if rank 0 cannot write it.
         """
         state = progress.state()
         # What differs between the processes; nothing is trained with it.
         state["loss"] = sum(self._ranks.all(progress.loss))
         state["unreadable"] = sum(self._ranks.all(progress.unreadable))
-        if not self._ranks.rank:
+
+        def written() -> None:
             states = {name: part.state_dict() for name, part in parts.items()}
             write_checkpoint(
                 self.path / "checkpoint.pt",
@@ -98,12 +102,12 @@ class TrainingFolder:
             )
             if progress.errors:
                 write_atomically(self.path / "errors.csv", _table(progress.errors))
-        self._ranks.wait()
+
+        self._ranks.first(written)
 
     def write_weights(self, model: nn.Module) -> None:
-        """Write the weights of the best epoch."""
-        if not self._ranks.rank:
-            write_weights(self.path / "model.safetensors", model)
+        """Write the weights of the best epoch; called by every process."""
+        self._ranks.first(lambda: write_weights(self.path / "model.safetensors", model))
 
 
 def _table(errors: Mapping[str, Mapping[str, Any]]) -> bytes:
