@@ -390,6 +390,7 @@ def test_the_gradients_are_clipped() -> None:
         ({"precision": "fp8"}, "`precision` to be one of"),
         ({"clip": 0.0}, "`clip` above 0"),
         ({"batch_size": 0}, "batch size of at least 1"),
+        ({"device": "nowhere"}, "device that torch can use, but got 'nowhere'"),
         ({"log": "xml", "out": "x"}, "`log` to be one of"),
         ({"log": "csv"}, "with `out`"),
         ({"monitor": "valid_f1"}, "`monitor` to be a column"),
@@ -408,6 +409,18 @@ def test_an_objective_without_a_loss_for_each_sample() -> None:
         fit(objective, Points(), batch_size=30)
     with pytest.raises(FastpieError, match="to be an Objective"):
         fit(nn.Linear(4, 3), Points())  # type: ignore[arg-type]
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    objective, other = Mean(nn.Linear(4, 3)), nn.Linear(4, 3)
+    strange = torch.optim.SGD(other.parameters(), lr=0.1)
+    with pytest.raises(FastpieError, match=r"optimizer of the objective's parameters"):
+        Trainer(objective, Points(), optimizer=strange, epochs=1)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    with pytest.raises(FastpieError, match=r"attention to the model that is trained"):
+        Trainer(
+            objective, Points(), optimizer=optimizer, epochs=1, attention=MovingAttention(other)
+        )
 
 
 # ---------------------------------------------------------------------- precision, compilation

@@ -84,6 +84,11 @@ def test_other_labels_are_measured_by_the_criterion() -> None:
     }
 
 
+def test_labels_of_classes_that_the_model_has_not() -> None:
+    with pytest.raises(FastpieError, match="labels below 3, the classes of the model, but got 7"):
+        evaluated(network(), TensorDataset(torch.randn(2, 4), torch.tensor([7, -1])))
+
+
 def test_samples_without_labels() -> None:
     with pytest.raises(FastpieError, match="labels to evaluate by, but got none"):
         evaluated(network(), TensorDataset(torch.randn(5, 4)))
@@ -119,6 +124,24 @@ def test_the_best_epoch_is_kept_and_patience_ends(tmp_path: Path) -> None:
         assert torch.equal(kept[name], value)
     again = trainer_of(tmp_path, evaluate=planned([]), patience=3, **options).fit()
     assert (again.epoch, again.stopped_early, again.best) == (5, True, 1)
+    more = trainer_of(tmp_path, evaluate=planned(values[5:]), patience=4, **options).fit()
+    assert (more.epoch, more.stopped_early, more.best) == (7, False, 5)
+    whole = trainer_of(epochs=6)
+    whole.fit()
+    kept = load_file(tmp_path / "model.safetensors")
+    for name, value in whole.objective.model.state_dict().items():
+        assert torch.equal(kept[name], value)
+
+
+def test_a_monitor_that_is_never_a_number_keeps_the_last_weights(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path, evaluate=planned([math.nan] * 2), monitor="valid_score", patience=1, epochs=2
+    )
+    result = trainer.fit()
+    assert (result.best, result.epoch, result.stopped_early) == (None, 2, False)
+    kept = load_file(tmp_path / "model.safetensors")
+    for name, value in trainer.objective.model.state_dict().items():
+        assert torch.equal(kept[name], value)
 
 
 def test_a_loss_is_better_where_it_is_lower() -> None:

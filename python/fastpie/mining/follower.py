@@ -26,7 +26,8 @@ class Follower:
     """The dual model of a model in training, and its engine, apart from the training.
 
     Attributes:
-        device: where it is.
+        model: that is trained, out of its wrappers.
+        device: where it is mined.
         dual: over a copy of the model, in eval mode.
         plan: of the engine, None until there is one; kernels are chosen by timing, so what goes on
             from a state must be told it (`take_plan`) to choose alike.
@@ -56,14 +57,14 @@ class Follower:
             FastpieError: for a model that cannot be copied, masks that `prune` did not choose, or a
                 device that torch cannot use.
         """
-        self._model, masks, named = trained(model, sparsity)
-        self._rule = rule_of(masks, self._model)
+        self.model, masks, named = trained(model, sparsity)
+        self._rule = rule_of(masks, self.model)
         self._options = {"precision": precision, "backend": backend}
         self._engine: DualEngine | None = None
         self.plan: dict[str, Any] | None = None
-        self.device = usable_device(device, self._model)
+        self.device = usable_device(device, self.model)
         self._given = device is not None
-        private = _private(self._model, self.device)
+        private = _private(self.model, self.device)
         self.dual = DualModel(private, masks, named if features else None).eval()
         self._alone: DualModel | None = None
 
@@ -108,11 +109,11 @@ class Follower:
             return {k: v.cpu() for k, v in _tensors(self.dual).items()} if ranks.count > 1 else {}
 
         self._check_device()
-        live, own = _tensors(self._model), _tensors(self.dual.model)
+        live, own = _tensors(self.model), _tensors(self.dual.model)
         if {k: v.shape for k, v in live.items()} != {k: v.shape for k, v in own.items()}:
             raise FastpieError(
                 "Expected the parameters and buffers that the model had at the beginning, "
-                f"but those of {type(self._model).__name__} have other names or shapes now."
+                f"but those of {type(self.model).__name__} have other names or shapes now."
             )
         _copy(live, own)
         # BatchNorm statistics of DDP differ from rank to rank.
@@ -148,7 +149,7 @@ class Follower:
 
     def _check_device(self) -> None:
         """Warn once of a model that was moved to a GPU after it was copied."""
-        now = next(self._model.parameters()).device
+        now = next(self.model.parameters()).device
         if not self._given and now.type != self.device.type:
             warnings.warn(
                 f"The model is on {now} now, but was on {self.device} when it was given to be mined, and "

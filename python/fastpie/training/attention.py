@@ -235,6 +235,11 @@ class Attention:
             **self._rescan.config(),
         }
 
+    @property
+    def model(self) -> nn.Module:
+        """The module that is trained, out of its wrappers."""
+        return self._rescan.follower.model
+
     def _strata_of(self, per: Any) -> np.ndarray | None:  # int64 [N], by position
         if per is None:
             return None
@@ -350,7 +355,8 @@ class Attention:
             weights[self._plan.order] = self._attended.weights
         else:
             weights = self._attended.weights[self._plan.find(ids)]
-        return weights / weights.sum()
+        weights /= weights.sum()
+        return weights
 
     def table(self) -> pa.Table:
         """One row a sample, in sample_id order.

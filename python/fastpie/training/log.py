@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from fastpie._extras import load_extra
 from fastpie._files import write_atomically
 from fastpie.errors import FastpieError
 from fastpie.mining.telemetry import GPU_COLUMNS, LOGS, GpuMonitor, TensorBoardLog
 
-__all__ = ["TrainingLog"]
+__all__ = ["TrainingLog", "check_log"]
 
 _SPEED = ("seconds", "images_per_second", "evaluation_seconds", "mining_seconds")
 
@@ -40,10 +41,9 @@ class TrainingLog:
             history: so far.
 
         Raises:
-            FastpieError: for another kind, or one without a folder.
+            FastpieError: for another kind, one without a folder, or without the extra that it needs.
         """
-        if kind is not None and (kind not in LOGS or folder is None):
-            raise FastpieError(f"Expected `log` to be one of {LOGS}, with `out`, but got {kind!r}.")
+        check_log(kind, folder is not None)
         self._csv = folder / "log.csv" if folder is not None and kind == "csv" else None
         self._board = None
         if folder is not None and kind == "tensorboard":
@@ -90,6 +90,18 @@ class TrainingLog:
                 raise FastpieError(
                     f"Expected to write the log {self._csv}, but: {error}"
                 ) from error
+
+
+def check_log(kind: str | None, has_folder: bool) -> None:
+    """Refuse a kind of log that there is not.
+
+    Raises:
+        FastpieError: for another kind, one without a folder, or without the extra that it needs.
+    """
+    if kind is not None and (kind not in LOGS or not has_folder):
+        raise FastpieError(f"Expected `log` to be one of {LOGS}, with `out`, but got {kind!r}.")
+    if kind == "tensorboard":
+        load_extra("tensorboard", "tensorboard", "log='tensorboard'")
 
 
 def _group_of(column: str) -> str:

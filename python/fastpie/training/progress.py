@@ -115,6 +115,11 @@ class Progress:
         self.best, self.best_value = self.epoch, value
         return True
 
+    def be_patient(self, patience: int | None) -> None:
+        """Stop early where so many epochs, or more, were no better than the best one before."""
+        waited = 0 if self.best is None else self.epoch - 1 - self.best
+        self.stopped_early = patience is not None and waited >= patience
+
     def result(self) -> TrainResult:
         """What `fit` returns."""
         return TrainResult(

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from fastpie.dual.modes import evaluating
 from fastpie.errors import FastpieError
+from fastpie.mining.follower import usable_device
 from fastpie.mining.interruption import Interruption
 from fastpie.mining.plan import ids_of
 from fastpie.mining.ranks import Ranks
@@ -24,7 +25,7 @@ from fastpie.training.configuration import configuration_of, digest_of_draws
 from fastpie.training.evaluation import evaluate_model
 from fastpie.training.feed import Feed, Fetched
 from fastpie.training.folder import TrainingFolder
-from fastpie.training.log import TrainingLog
+from fastpie.training.log import TrainingLog, check_log
 from fastpie.training.objective import Objective
 from fastpie.training.order import Cut, epoch_order
 from fastpie.training.progress import Progress, TrainResult
@@ -61,10 +62,10 @@ class Trainer:
     the CPU, whose statistics are then a process's own (CUDA: SyncBatchNorm).
 
     *Stopping.* With `out`, a Trainer made again with the same arguments goes on at the last
-    checkpoint, and returns at once if it is done; more `epochs` than before are fine, another
-    configuration is refused. SIGTERM and Ctrl-C end the training after the step, with a checkpoint.
+    checkpoint, and returns at once if it is done; more `epochs` or `patience` than before are fine,
+    another configuration is refused. SIGTERM and Ctrl-C end the training after the step, with a checkpoint.
     `checkpoint.pt` holds all there is to go on; `model.safetensors` is the network at the best epoch
-    by `monitor`, or at the last checkpoint without one; `errors.csv` tells of unreadable samples.
+    by `monitor`, or at the last checkpoint without one or while it is NaN; `errors.csv` tells of unreadable samples.
 
     *Processes.* Where `torch.distributed` is initialised (torchrun), every process makes the Trainer
     and calls `fit`; `out` is a folder that all of them see.
@@ -147,6 +148,7 @@ class Trainer:
             checkpoint_every=(checkpoint_every, 1),
             patience=(1 if patience is None else patience, 1),
         )
+        check_log(log, out is not None)
         if monitor is None and valid is not None:
             monitor = "valid_loss"
         if patience is not None and monitor is None:
@@ -177,7 +179,7 @@ class Trainer:
         self._every, self._minutes = checkpoint_every, checkpoint_minutes
         self._log_kind = log
         self._ranks = Ranks()
-        self._show = (None if progress is None else not progress) if not self._ranks.rank else True
+        self._hide = (None if progress is None else not progress) if not self._ranks.rank else True
         if self._feed.batch_size < 1 or not len(self._feed.dataset):
             raise FastpieError(
                 "Expected a batch size of at least 1 and at least one sample, but got "
@@ -186,8 +188,8 @@ class Trainer:
         self._cut = Cut(
             len(self._feed.dataset), self._feed.batch_size, self._ranks.count, self._ranks.rank
         )
-        first = next(objective.parameters(), torch.empty(0))
-        self._device = torch.empty(0, device=device or first.device).device
+        _check_parameters(objective, optimizer, attention)
+        self._device = usable_device(device, objective)
         objective.to(self._device)
         configuration = configuration_of(
             objective,
@@ -286,12 +288,11 @@ class Trainer:
         if self.scheduler is not None and not self._per_step:
             self.scheduler.step(value) if self._plateau else self.scheduler.step()
         best = progress.improved(value, lower=lower)
-        if self._patience is not None and progress.best is not None:
-            progress.stopped_early = epoch - progress.best >= self._patience
         progress.history.append(row)
         progress.epoch, progress.begun = epoch + 1, False
+        progress.be_patient(self._patience)
         due = self._done() or progress.epoch % self._every == 0
-        if self._folder is not None and (best or (self._monitor is None and due)):
+        if self._folder is not None and (best or (progress.best is None and due)):
             self._folder.write_weights(self.objective.model)
         if due:
             self._save()
@@ -318,7 +319,7 @@ class Trainer:
         )
         bar = tqdm(
             total=len(self._cut), initial=progress.batch, desc=f"epoch {epoch}", unit="batch",
-            disable=self._show, leave=False,
+            disable=self._hide, leave=False,
         )  # fmt: skip
         with contextlib.closing(fetched_all), bar:
             since = time.perf_counter()
@@ -452,12 +453,30 @@ class Trainer:
         if found is None:
             return
         self._progress, states = found
+        self._progress.be_patient(self._patience)  # which may be another one now
         if self._progress.begun:
             # What an objective keeps of an epoch beside its state (a schedule's place, say) comes from
             # the call; the state is then put back to how the steps since have left it.
             self._begin(self._progress.epoch)
         for name, part in self._parts().items():
             part.load_state_dict(states[name])
+
+
+def _check_parameters(
+    objective: Objective, optimizer: torch.optim.Optimizer, attention: Attention | None
+) -> None:
+    """Refuse what would be given no gradient, or mined without having been trained."""
+    known = {id(p) for p in objective.parameters()}
+    if not any(id(p) in known for group in optimizer.param_groups for p in group["params"]):
+        raise FastpieError(
+            "Expected an optimizer of the objective's parameters, but it has none of them: make it of "
+            "objective.parameters()."
+        )
+    if attention is not None and not any(id(p) in known for p in attention.model.parameters()):
+        raise FastpieError(
+            "Expected an attention to the model that is trained, but it has none of the objective's "
+            "parameters: make it of objective.model."
+        )
 
 
 def _check(objective: Any, precision: str, clip: float | None, **counts: tuple[Any, int]) -> None:
