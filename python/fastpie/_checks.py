@@ -37,7 +37,7 @@ def number(
         FastpieError: if it is none, or lies outside.
     """
     fits = isinstance(value, int | float) and not isinstance(value, bool)
-    if not fits or not low <= value <= high or (open_high and value == high):
+    if not fits or not low <= value <= high or value == (high if open_high else math.inf):
         limits = f"[{low:g}, {high:g}{')' if open_high else ']'}"
         if high == math.inf:
             limits = f"[{low:g}, inf)"

@@ -23,7 +23,7 @@ from fastpie.errors import FastpieError
 from fastpie.mining.epochs import EARLY_EPOCHS, TASKS, EpochStatistics
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Batch, Problem
-from fastpie.mining.rescan import Rescan, check_same
+from fastpie.mining.rescan import Rescan, check_state
 from fastpie.mining.run import DEFAULT_LADDER
 from fastpie.mining.run_folder import RunFolder, unreachable
 from fastpie.mining.scoring import Scorer
@@ -291,11 +291,7 @@ class Recorder:
         Raises:
             FastpieError: if the state is of another configuration.
         """
-        if state.get("format") != _FORMAT:
-            raise FastpieError(
-                f"Expected a state of format {_FORMAT!r}, but got {state.get('format')!r}."
-            )
-        check_same("a Recorder", state["config"], self._config)
+        check_state("a Recorder", _FORMAT, state, self._config)
         self._statistics.load_state_dict(state["statistics"])
         self.epochs = list(state["epochs"])
         self._rescan.follower.take_plan(copy.deepcopy(state["plan"]))

@@ -26,7 +26,7 @@ from fastpie.mining.reading import Batch, Problem, Reader, path_of
 from fastpie.mining.run_folder import ERRORS_SCHEMA
 from fastpie.mining.sweep import Sweep
 
-__all__ = ["Account", "Rescan", "check_same"]
+__all__ = ["Account", "Rescan", "check_state"]
 
 _T = TypeVar("_T")
 
@@ -275,12 +275,17 @@ class Rescan:
         self.errors = {p: (stage, error, epoch) for p, stage, error, epoch in state}
 
 
-def check_same(what: str, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse a state of another configuration.
+def check_state(what: str, format: str, state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse a state of another format or configuration.
 
     Raises:
         FastpieError: that names what differs.
     """
+    if state.get("format") != format:
+        raise FastpieError(
+            f"Expected a state of format {format!r}, but got {state.get('format')!r}."
+        )
+    stored = state["config"]
     differing = [
         f"{key}: {stored.get(key)!r:.80} in the state, {value!r:.80} now"
         for key, value in now.items()

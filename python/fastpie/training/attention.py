@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from fastpie._checks import number, whole_number
 from fastpie.dual import DualModel
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
 from fastpie.mining.ranks import Ranks
 from fastpie.mining.reading import Batch, Problem
-from fastpie.mining.rescan import Rescan, check_same
+from fastpie.mining.rescan import Rescan, check_state
 from fastpie.training.attended import ATTEND, Attended, Rule
 from fastpie.training.attention_scores import RANDOM, Scoring
 from fastpie.training.findings import Findings, Guard
@@ -169,16 +169,16 @@ class Attention:
             raise FastpieError(f"Expected `attend` to be one of {ATTEND}, but got {attend!r}.")
         self.attend = attend
         self.epochs: list[int] = []
-        self._warmup = _at_least("warmup", warmup, 1)
-        self._every = _at_least("every", every, 1)
-        self._seed = _at_least("seed", seed, 0)
+        self._warmup = whole_number("warmup", warmup, 1)
+        self._every = whole_number("every", every, 1)
+        self._seed = whole_number("seed", seed, 0)
         rule = Rule(
-            momentum=_within("momentum", momentum, 0, 1, below=True),
-            fraction=_within("fraction", fraction, 0, 1),
+            momentum=number("momentum", momentum, 0, 1, open_high=True),
+            fraction=number("fraction", fraction, 0, 1),
             attend=attend,
-            strength=_within("strength", strength, 0, np.inf, below=True),
-            doubtful=_within("doubtful", doubtful, 0, 1, below=True),
-            doubtful_weight=_within("doubtful_weight", doubtful_weight, 0, np.inf, below=True),
+            strength=number("strength", strength, 0),
+            doubtful=number("doubtful", doubtful, 0, 1, open_high=True),
+            doubtful_weight=number("doubtful_weight", doubtful_weight, 0),
         )
         self._rescan = Rescan(
             model,
@@ -276,7 +276,7 @@ class Attention:
             FastpieError: for weights that are not finite, or no sample that can be scored; what was
                 known before stays in force. Single samples that cannot be do not raise: see `errors`.
         """
-        epoch = _at_least("epoch", epoch, 0)
+        epoch = whole_number("epoch", epoch, 0)
         since = epoch + 1 - self._warmup
         if since < 0 or since % self._every:
             return False
@@ -412,11 +412,7 @@ class Attention:
         Raises:
             FastpieError: if the state is of another data set, score or model.
         """
-        if state.get("format") != _FORMAT:
-            raise FastpieError(
-                f"Expected a state of format {_FORMAT!r}, but got {state.get('format')!r}."
-            )
-        check_same("an Attention", state["config"], self._config)
+        check_state("an Attention", _FORMAT, state, self._config)
         self.epochs = list(state["epochs"])
         self._rescan.follower.take_plan(copy.deepcopy(state["plan"]))
         self._rescan.load_error_state(state["errors"])
@@ -430,23 +426,3 @@ def _recalibrated_from(samples: int) -> int:
 
 def _listed(ids: Sequence[Any] | Tensor) -> Sequence[Any]:
     return ids.tolist() if isinstance(ids, Tensor) else ids
-
-
-def _at_least(name: str, value: Any, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise FastpieError(
-            f"Expected `{name}` to be an int of at least {least}, but got {value!r}."
-        )
-    return number
-
-
-def _within(name: str, value: float, least: float, most: float, *, below: bool = False) -> float:
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not least <= value <= most or (below and value == most):
-        bounds = f"[{least}, {most}{')' if below else ']'}"
-        raise FastpieError(f"Expected `{name}` in {bounds}, but got {value!r}.")
-    return float(value)
