@@ -31,6 +31,9 @@ class AttentionCallback(Callback):
         attention = Attention(module.model, train_set_without_augmentation)
         Trainer(callbacks=[AttentionCallback(attention)]).fit(module, loader)
 
+    Lightning moves the module to a GPU later than that: there say `Attention(..., device="cuda")`, or the
+    samples are mined on the CPU.
+
     To oversample give the loader `EpochSampler(len(data), attention)`, and with several processes the
     Trainer `use_distributed_sampler=False`.
     """
