@@ -128,7 +128,7 @@ def test_ways_to_attend() -> None:
         assert (found[attend].hard(ids).numpy() == hard).all()
     drawn = found["oversample"].draw_weights()
     assert drawn is not None
-    np.testing.assert_allclose(drawn, soft / soft.sum(), rtol=1e-12)
+    np.testing.assert_allclose(drawn, weights / weights.sum(), rtol=1e-12)
     picks = np.bincount(list(WeightedRandomSampler(drawn.tolist(), 60_000)), minlength=COUNT)
     assert np.abs(picks / 60_000 - drawn).max() < 6 * np.sqrt(drawn.max() / 60_000)
     assert found["soft"].draw_weights() is None

@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,17 @@ FULL: dict[str, Any] = {"attention": "draws", "dropout": 0.3, "norm": True, "bro
 unreadable = pytest.mark.filterwarnings("ignore:.*could not be read:UserWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes that are started have: sums of two threads differ in the last bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def undisturbed() -> dict[str, torch.Tensor]:
+def undisturbed(one_thread: None) -> dict[str, torch.Tensor]:
     trainer = trainer_of(**FULL)
     with pytest.warns(UserWarning, match="could not be read"):
         trainer.fit()

@@ -123,9 +123,9 @@ class Attended:
             at_least=0 if strata is None or not rule.fraction else 1,
         )
         weights = np.ones(len(self.attention))
-        if rule.attend == "weights":
+        if rule.attend in ("weights", "oversample"):
             weights += rule.strength * self.hard
-        elif rule.attend in ("soft", "oversample"):
+        elif rule.attend == "soft":
             weights += rule.strength * np.nan_to_num(self.attention, nan=0.5)
         weights[self.in_doubt] = rule.doubtful_weight
         self.weights = weights / weights.mean()
