@@ -77,9 +77,10 @@ def test_attention_is_the_formula_over_three_minings(sparsity: Any, per: Any) ->
     np.testing.assert_allclose(attention.weights(data.sample_ids), weights, rtol=1e-6)
     hard = attention.hard(data.sample_ids).numpy()
     for stratum in np.unique(strata):
-        here = np.flatnonzero(strata == stratum)
-        hardest = here[np.argsort(-expected[here])][: int(0.25 * len(here))]
-        assert set(here[hard[here]]) == set(hardest)
+        here = strata == stratum
+        assert hard[here].sum() == int(0.25 * here.sum())
+        # Ranks that were exchanged in another round have equal sums, but for rounding.
+        assert expected[here & hard].min() >= expected[here & ~hard].max() - 1e-9
     assert (by_index(attention, "hard", data) == hard).all()
     np.testing.assert_allclose(by_index(attention, "weight", data), weights, rtol=1e-6)
 
@@ -493,10 +494,10 @@ def test_turns() -> None:
     [
         ({"score": "hardness"}, "`score` to be one of"),
         ({"attend": "hard"}, "`attend` to be one of"),
-        ({"momentum": 1.0}, r"`momentum` in \[0, 1\)"),
-        ({"fraction": 1.5}, r"`fraction` in \[0, 1\]"),
-        ({"strength": -1}, r"`strength` in \[0, inf\)"),
-        ({"doubtful": 1}, r"`doubtful` in \[0, 1\)"),
+        ({"momentum": 1.0}, r"`momentum` to be a number in \[0, 1\)"),
+        ({"fraction": 1.5}, r"`fraction` to be a number in \[0, 1\]"),
+        ({"strength": -1}, r"`strength` to be a number in \[0, inf\)"),
+        ({"doubtful": 1}, r"`doubtful` to be a number in \[0, 1\)"),
         ({"warmup": 0}, "`warmup` to be an int of at least 1"),
         ({"every": 2.5}, "`every` to be an int of at least 1"),
         ({"guard": "lost"}, r"`guard` to be one of \('auto', 'margin'"),
