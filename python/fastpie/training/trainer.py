@@ -472,7 +472,8 @@ def _check_parameters(
             "Expected an optimizer of the objective's parameters, but it has none of them: make it of "
             "objective.parameters()."
         )
-    if attention is not None and not any(id(p) in known for p in attention.model.parameters()):
+    mined = getattr(attention, "model", None)  # one's own attention need not name it
+    if mined is not None and not any(id(p) in known for p in mined.parameters()):
         raise FastpieError(
             "Expected an attention to the model that is trained, but it has none of the objective's "
             "parameters: make it of objective.model."
