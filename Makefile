@@ -1,5 +1,5 @@
 # Every target sets up what it needs: .venv in this folder, torch pinned by constraints.txt.
-.PHONY: install demo test test-faults sanitize emulate bench bench-mining bench-quality bench-peers peers bench-report lint format gpu-check clean
+.PHONY: install demo test test-faults sanitize emulate bench bench-mining bench-quality bench-learning bench-peers peers bench-report lint format gpu-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -84,6 +84,9 @@ bench: install
 	$(BIN)/python -m benchmarks.bench_segmentation_disagreement
 	$(BIN)/python -m benchmarks.bench_embedding_disagreement
 	$(BIN)/python -m benchmarks.bench_analysis
+	$(BIN)/python -m benchmarks.bench_attention --samples 1024 --repeats 5 --variants default bf16 "guard of the dense model"
+	$(BIN)/python -m benchmarks.bench_sdclr --scope global --repeats 7
+	$(BIN)/python -m benchmarks.bench_masked_training --seconds 15 --repeats 7
 	$(BIN)/python -m benchmarks.bench_demo
 	$(BIN)/python -m pytest benchmarks/test_operations.py --short --benchmark-max-time=0.3 \
 	  --benchmark-columns=min,median,rounds
@@ -99,6 +102,11 @@ bench-mining: install
 bench-quality: install
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.quality.segmentation
+
+# Which recipe makes the better model: every recipe on every set with five seeds. Hours on one core, and goes
+# on where it was; several processes with --train and other --seeds share the work.
+bench-learning: install
+	$(BIN)/python -m benchmarks.quality.learning
 
 # The goals table of the CPU engine against everybody else; for hours, alone on the machine.
 # Parts of it: python -m benchmarks.bench_dual --help

@@ -1,9 +1,9 @@
 """`make bench-report`: the tables of the documents and the plots in docs/ from the committed results.
 
 A block lies between `<!-- NAME:begin -->` and `<!-- NAME:end -->`: `benchmarks` (what
-is fast by itself), `benchmarks:dual` (whole networks), `benchmarks:mining` (long runs), `quality`, `demo` in the
-README; `goals`, `layers` in docs/design/cpu-engine.md; `comparison`, `level-rule`, `segmentation` in
-docs/design/quality.md.
+is fast by itself), `benchmarks:dual` (whole networks), `benchmarks:mining` (long runs), `benchmarks:training`, `quality`,
+`learning`, `demo` in the README; `goals`, `layers` in docs/design/cpu-engine.md; `comparison`, `level-rule`,
+`segmentation` in docs/design/quality.md; `training-cost`, `learning` in docs/design/training.md.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from matplotlib.figure import Figure
 
 from benchmarks.goals import goals_table, layers_table
 from benchmarks.harness import RESULTS
+from benchmarks.quality.learning_table import control_table, learning_table
 from benchmarks.quality.table import (
     comparison_table,
     level_table,
     quality_table,
     segmentation_table,
 )
+from benchmarks.training_cost import TRAINING, training_cost_table
 
 ROOT = RESULTS.parent.parent
 
@@ -327,8 +329,22 @@ def main() -> None:
     mining = [row for row in rows if row["head"]["what"] in MINING]
     quality = [row for row in rows if row["head"]["what"] == "quality"]
     segmentation = [row for row in rows if row["head"]["what"] == "quality-segmentation"]
-    speed = [row for row in rows if "ratio" in row and row not in dual and row not in mining]
+    training = [row for row in rows if row["head"]["what"] in TRAINING]
+    learning = [row for row in rows if row["head"]["what"] == "quality-learning"]
+    apart = [*dual, *mining, *training]
+    speed = [row for row in rows if "ratio" in row and row not in apart]
     blocks = {"benchmarks": table(speed), "benchmarks:mining": mining_table(mining)}
+    if training:
+        sources = sorted({_source(row) for row in training})
+        whole = "\n\n".join([training_cost_table(training), *sources])
+        fill(ROOT / "docs" / "design" / "training.md", {"training-cost": whole})
+        networks = [row for row in training if not row["network"].startswith("conv")]
+        blocks["benchmarks:training"] = "\n\n".join([training_cost_table(networks), *sources])
+    if learning:
+        source = _source(learning[0])
+        tables = f"{learning_table(learning)}\n\n{control_table(learning)}\n\n{source}"
+        fill(ROOT / "docs" / "design" / "training.md", {"learning": tables})
+        blocks["learning"] = f"{learning_table(learning, brief=True)}\n\n{source}"
     if dual:
         blocks["benchmarks:dual"] = dual_table(dual)
         plot_dual(dual, ROOT / "docs" / "dual.svg")

@@ -6,12 +6,13 @@ import numpy as np
 
 from benchmarks.quality.painting import smooth_noise
 
-__all__ = ["CLASSES", "SIZE", "paint"]
+__all__ = ["CLASSES", "SIZE", "TONES", "paint"]
 
 CLASSES = 6
 SIZE = 32
 FAINT = 0.25  # of the contrast
 _TONES = np.array([[0.92, 0.78, 0.68], [0.75, 0.56, 0.44], [0.50, 0.35, 0.27]], np.float32)
+TONES = len(_TONES)
 _BROWN = np.array([0.35, 0.45, 0.45], np.float32)  # what a lesion takes from red, green and blue
 _BLUE = np.array([0.45, 0.30, 0.05], np.float32)
 
@@ -21,13 +22,14 @@ def paint(
     classes: np.ndarray,  # int64 [N]
     rare: np.ndarray,  # bool [N]: a ring
     faint: np.ndarray,  # bool [N]
+    tone: np.ndarray | None = None,  # int64 [N], of the skin, light to dark; drawn if None
 ) -> tuple[np.ndarray, np.ndarray]:  # fp32 [N, 3, SIZE, SIZE] in [0, 1], bool [N, SIZE, SIZE]
     """Lesions whose pattern is their class, on skin of three tones with texture and hairs.
 
     0 plain, 1 dots, 2 network, 3 two-toned, 4 a blue veil, 5 stripes.
     """
     count = len(classes)
-    tone = _TONES[rng.integers(0, 3, count)]
+    color_of_skin = _TONES[rng.integers(0, len(_TONES), count) if tone is None else tone]
     y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j].astype(np.float32)
     center = rng.uniform(-0.3, 0.3, (2, count, 1, 1)).astype(np.float32)
     dy, dx = y[None] - center[0], x[None] - center[1]
@@ -59,7 +61,7 @@ def paint(
     strength = rng.uniform(0.7, 1.2, (count, 1, 1)) * np.where(faint, FAINT, 1)[:, None, None]
     depth = (strength * inside * pattern)[:, None] * color[:, :, None, None]
     texture = 0.03 * smooth_noise(rng, count, SIZE, 0.7) + 0.03 * smooth_noise(rng, count, SIZE, 4)
-    images = tone[:, :, None, None] * (1 - depth) + texture[:, None]
+    images = color_of_skin[:, :, None, None] * (1 - depth) + texture[:, None]
     images *= rng.normal(1, 0.05, (count, 1, 1, 1))
     _hairs(rng, images)
     return np.clip(images, 0, 1).astype(np.float32), masks
