@@ -151,4 +151,4 @@ gpu-check:
 	bash benchmarks/gpu_check.sh
 
 clean:
-	rm -rf build $(VENV) demo-run
+	rm -rf build $(VENV) demo-run train-run
