@@ -743,7 +743,7 @@ def test_heat_maps_that_fail_become_a_note(analysed, tmp_path):
         )
     )
     assert page.pictures["maps"] == {}
-    assert "3 heat maps could not be drawn: Expected `module` to name a module" in page.text
+    assert "3 heat maps could not be drawn: Expected the name of a module" in page.text
 
 
 @pytest.mark.usefixtures("no_plots")
