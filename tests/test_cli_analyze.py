@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,23 +41,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "07.png").write_bytes(b"\x89PNG torn")
     (root / "31.png").write_bytes((root / "21.png").read_bytes())
     return root
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    """Calls the entry point in this process (a new one imports torch for seconds)."""
-
-    def call(*arguments: Any) -> SimpleNamespace:
-        from fastpie import cli
-
-        monkeypatch.setattr(sys, "argv", ["fastpie", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=stop.value.code or 0, out=out, err=err)
-
-    return call
 
 
 def mined(cli: Call, project: Path, out: Path, *more: Any) -> Path:

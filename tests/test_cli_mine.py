@@ -35,21 +35,10 @@ def network():
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], project: Path) -> Call:
-    """Calls the entry point in this process (a new one imports torch for seconds)."""
+def cli(cli: Call, monkeypatch: pytest.MonkeyPatch, project: Path) -> Call:
+    """Finds the project's network, too."""
     monkeypatch.syspath_prepend(project)
-
-    def call(*arguments: Any) -> SimpleNamespace:
-        from fastpie import cli
-
-        monkeypatch.setattr(sys, "argv", ["fastpie", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=stop.value.code or 0, out=out, err=err)
-
-    return call
+    return cli
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -22,23 +21,6 @@ from fastpie.demo import make_data, small_resnet
 Call = Callable[..., SimpleNamespace]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = ["--set", "epochs=1", "--set", "batch_size=128"]
-
-
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Call:
-    """Calls the entry point in this process (a new one imports torch for seconds)."""
-
-    def call(*arguments: Any) -> SimpleNamespace:
-        from fastpie import cli
-
-        monkeypatch.setattr(sys, "argv", ["fastpie", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=stop.value.code or 0, out=out, err=err)
-
-    return call
 
 
 @pytest.fixture(scope="module")

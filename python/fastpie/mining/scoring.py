@@ -18,7 +18,7 @@ from fastpie.mining.reading import Problem
 from fastpie.ops.disagreement import SCORES
 from fastpie.scores import disagreement
 
-__all__ = ["DENSE", "Scorer", "level_column"]
+__all__ = ["DENSE", "Scorer", "level_column", "parse_labels"]
 
 DENSE = "dense"
 """As `keep_features`: those of the dense model alone."""
@@ -95,7 +95,7 @@ class Scorer:
 
         targets = None
         if self.labelled:
-            targets, wrong = _parse_labels(labels, dense.shape[0], dense.shape[1], self.task)
+            targets, wrong = parse_labels(labels, dense.shape[0], dense.shape[1], self.task)
             for row, slot in enumerate(slots):
                 if slot in wrong:
                     good[row] = False
@@ -267,7 +267,7 @@ def _label_column(targets: Tensor, task: str) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, targets.shape[1])
 
 
-def _parse_labels(labels: Any, rows: int, classes: int, task: str) -> tuple[Tensor, dict[int, str]]:
+def parse_labels(labels: Any, rows: int, classes: int, task: str) -> tuple[Tensor, dict[int, str]]:
     """Labels as the operator takes them, and what is wrong with single ones, by slot.
 
     Raises:

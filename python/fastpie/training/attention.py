@@ -132,7 +132,7 @@ class Attention:
                 rarest positive one); or an attribute's values, in the order of the data set.
             attend: "soft": weights 1 + strength * S; "weights": 1 + strength for the HTL, 1 for others;
                 "oversample": `draw_weights` in proportion to the weights of "weights", while the loss's
-                are 1: the same in the mean, with gradients that vary less;
+                are 1: the same in the mean;
                 "consistency": weights are 1, and `hard` is for a `Consistency` objective.
             strength: at least 0.
             guard: "margin", "margin_pruned": labels whose margin of the dense or the pruned model is

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastpie import ops
 from fastpie.dual.output import DualOutput
 from fastpie.errors import FastpieError
+from fastpie.mining.scoring import parse_labels
 from fastpie.ops.disagreement import SCORES
 from fastpie.scores.disagreement import TASKS
 from fastpie.training.objective import entry_of
@@ -236,30 +237,10 @@ def _class_targets(labels: Any, dense: Tensor, task: str) -> Tensor:
         FastpieError: if the format of all of them is wrong.
     """
     rows, classes = dense.shape
-    if not isinstance(labels, Tensor):
-        raise FastpieError(
-            f"Expected labels that collate to a tensor, but got {type(labels).__name__}."
-        )
-    labels = labels.detach().as_subclass(Tensor).to(dense.device)
-    if task == "multilabel":
-        if labels.shape != (rows, classes):
-            raise FastpieError(
-                f"Expected multilabel labels of shape [{rows}, {classes}], but got "
-                f"{list(labels.shape)}."
-            )
-        labels = labels.float()
-        return torch.where((labels == 0) | (labels == 1), labels, torch.nan)
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.shape != (rows,):
-        raise FastpieError(
-            f"Expected multiclass labels of shape [{rows}] (class indices), but got "
-            f"{list(labels.shape)}; for several labels an image use task='multilabel'."
-        )
-    if labels.is_floating_point():
-        labels = torch.where(labels == labels.floor(), labels, -1.0)  # NaN as well
-    labels = labels.long()
-    return torch.where((labels >= 0) & (labels < classes), labels, -1)
+    targets, wrong = parse_labels(labels, rows, classes, task)
+    if task == "multiclass" and wrong:
+        targets[list(wrong)] = -1
+    return targets.to(dense.device)
 
 
 def _class_scores(

@@ -27,8 +27,8 @@ class TrainedBranches(DualModel):
     and biases of the BatchNorm layers are too: parameters of this module, equal to the model's at
     first.
 
-    The sparse kernels of `fastpie.ops.masked_conv2d` compute the pruned branch's convolutions where
-    they are faster: on the CPU, in fp32 and bf16, for layers that are large and sparse enough. They
+    The sparse kernels of `fastpie.ops.masked_conv2d` compute the pruned branch's convolutions on the
+    CPU, in fp32 and bf16, where shape and density of a layer speak for them; nothing is timed. They
     round otherwise than torch's. In what torch.compile compiles torch's kernels are used.
     """
 

@@ -43,9 +43,10 @@ class CARE(Supervised):
     parameters, on top of the loss's; a constant map divides by 0, here it costs nothing; its boxes are
     arrays from files that are not public, so whether they hold 0 and 1 could not be seen.
 
-    Try `by_area` with `second_order`, `reduction="mean"` and an alpha of about .5 as well. On small
-    made-up images with two places that tell the class (tests/training/test_care.py, 4 seeds, 100
-    steps) it moved the share of the map in the box from .25 to .63-.76, the published form to .26-.36.
+    Try `by_area` with `second_order`, `reduction="mean"` and an alpha of about .5 as well: with the
+    default the sum outside of the box is nearly all of the attention. A test trains that form until
+    more of the map lies in the box (tests/training/test_care.py); which form makes better models is not
+    measured.
 
     The network is as before: what is registered for a forward is removed after it. Do not compile it:
     a compiled one does not show its layers. It may be of 2D or 3D images, multiclass (labels [n]) or multilabel ([n, C]: the positive rare classes together).

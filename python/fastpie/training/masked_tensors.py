@@ -16,7 +16,7 @@ class MaskedTensors:
     """Zeroes weights, gradients and optimizer state at removed places, many tensors in one kernel.
 
     The masks are kept where the tensors are, in their dtype and strides, as multi-tensor kernels ask
-    for; on the CPU this is five times as fast as with bool masks.
+    for: with bool masks these fall back to a kernel a tensor.
     """
 
     def __init__(self, weights: Sequence[Tensor], keep: Sequence[Tensor]) -> None:

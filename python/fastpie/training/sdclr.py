@@ -43,7 +43,7 @@ class SDCLR(Objective):
     * with dropout its two pruned passes differ, so that its two losses do.
     * exactly `round(sparsity * n)` weights go, there all below the magnitude of rank
       `ceil(sparsity * n)`.
-    * on the CPU sparse kernels compute the pruned branch where they are faster.
+    * on the CPU sparse kernels may compute layers of the pruned branch, by shape and density.
 
     The loss's negatives come from all processes (see `nt_xent`). BatchNorm normalises the samples of
     a process; for the whole batch, as published, convert the finished objective by

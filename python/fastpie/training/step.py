@@ -110,13 +110,16 @@ class Stepper:
             self._masked.mask_gradients()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = get_total_norm(gradients)
-        finite = bool(norm.isfinite())
+        # Both in one copy off the device: each would hold up the step.
+        known = torch.stack([norm.to(loss.device).isfinite().double(), loss.detach().double()])
+        is_finite, value = known.tolist()
+        finite = is_finite > 0
         if finite and self.clip is not None:
             clip_grads_with_norm_(self._parameters, self.clip, norm)
         if finite or self.scaler.is_enabled():  # the scaler sees for itself, and lowers its scale
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        return float(loss.detach()) if finite else None
+        return value if finite else None
 
     def share_buffers(self) -> None:
         """Give every process the buffers of rank 0: BatchNorm's statistics differ otherwise."""

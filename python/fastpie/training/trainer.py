@@ -57,7 +57,7 @@ class Trainer:
     *Exactness.* The order of an epoch, the augmentation of a sample and the dropout of a step are
     functions of `seed`, the epoch and the place in it alone (`Feed`, `Cut`). So the training is the
     same for any number of workers, and stopped at any moment and gone on with it gives the weights
-    of an undisturbed one, on the CPU bit for bit. `batch_size` counts the samples of all processes:
+    of an undisturbed one, on the CPU, with as many threads, bit for bit. `batch_size` counts the samples of all processes:
     two processes train as one does, but for rounding, dropout (drawn a process), and BatchNorm on
     the CPU, whose statistics are then a process's own (CUDA: SyncBatchNorm).
 
