@@ -327,10 +327,12 @@ def _recipes() -> tuple[Recipe, ...]:
     known, dense = "groups known, oversampled", "attention, dense loss"
     few, teacher = f"{LABELLED:.0%} labelled: {adjusted}", f"{LABELLED:.0%} labelled: mean teacher"
 
-    def attending(what: str, family: str = "fastpie", **options: Any) -> list[Recipe]:
+    def attending(
+        what: str, family: str = "fastpie", control: str = dense, **options: Any
+    ) -> list[Recipe]:
         """On masks, and of classes on top of logit adjustment."""
         what = f"attention, {what}"
-        control = dense if family == "fastpie" else None
+        control = control if family == "fastpie" else None
         above = None if control is None else f"{adjusted} + {control}"
         return [
             Recipe(what, family, partial(_attending, **options), _SEGMENTATION, control),
@@ -364,18 +366,23 @@ def _recipes() -> tuple[Recipe, ...]:
         # Attention, by the loss alone.
         of_classes(dense, family="control", control=None, score="loss_dense"),
         of_classes("attention, pruned loss", control=dense, score="loss_pruned"),
+        of_classes(f"{dense}, weights by rank", family="control", control=None, score="loss_dense", attend="soft"),
+        of_classes("attention, pruned margin, weights by rank", control=f"{dense}, weights by rank", score="margin_pruned", attend="soft"),
         # Attention on top of what labels can tell, and to masks.
         *attending("random", "control", score="random", guard=None),
         *attending("dense loss", "control", score="loss_dense"),
         Recipe(known, "control", _knowing, _SEGMENTATION),
         of_classes(f"{adjusted} + {known}", _knowing, family="control", control=None, loss=_LA),
         *attending("pruned loss", score="loss_pruned"),
-        *attending("pruned loss, weights by rank", score="loss_pruned", attend="soft"),
+        *attending("dense loss, weights by rank", "control", score="loss_dense", attend="soft"),
+        *attending("pruned loss, weights by rank", control=f"{dense}, weights by rank", score="loss_pruned", attend="soft"),
         *attending("pruned loss, not guarded", score="loss_pruned", guard=None),
         *attending("damage", score="damage"),
         Recipe("attention, 1 - soft IoU of both", "fastpie", partial(_attending, score="iou_soft"), _SEGMENTATION, dense),
         of_classes(f"{adjusted} + attention, js", loss=_LA, score="js"),
         of_classes(f"{adjusted} + attention, pruned margin", loss=_LA, score="margin_pruned"),
+        of_classes(f"{adjusted} + attention, pruned margin, weights by rank", control=f"{adjusted} + {dense}, weights by rank", loss=_LA, score="margin_pruned", attend="soft"),
+        of_classes(f"{adjusted} + attention, pruned loss, drawn 3 times", loss=_LA, score="loss_pruned", strength=2.0),
         of_classes(f"{adjusted} + attention, pruned loss, within classes", loss=_LA, score="loss_pruned", per="label"),
         of_classes(f"{adjusted} + attention, pruned loss, guarded by the probe", tasks=_MULTICLASS, loss=_LA, score="loss_pruned", guard="probe"),
         Recipe("consistency", "fastpie", partial(_consistent, score="iou_soft"), _SEGMENTATION, dense),
