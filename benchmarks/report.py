@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.goals import goals_table, layers_table
 from benchmarks.harness import RESULTS
-from benchmarks.quality.learning_table import control_table, learning_table
+from benchmarks.quality.learning_table import control_table, headline_table, learning_table
 from benchmarks.quality.table import (
     comparison_table,
     level_table,
@@ -344,7 +344,7 @@ def main() -> None:
         source = _source(learning[0])
         tables = f"{learning_table(learning)}\n\n{control_table(learning)}\n\n{source}"
         fill(ROOT / "docs" / "design" / "training.md", {"learning": tables})
-        blocks["learning"] = f"{learning_table(learning, brief=True)}\n\n{source}"
+        blocks["learning"] = f"{headline_table(learning)}\n\n{source}"
     if dual:
         blocks["benchmarks:dual"] = dual_table(dual)
         plot_dual(dual, ROOT / "docs" / "dual.svg")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["control_table", "learning_table"]
+__all__ = ["control_table", "headline_table", "learning_table"]
 
 # Of each set the figures that are shown; all are in the file.
 _SHOWN = {
@@ -13,30 +13,57 @@ _SHOWN = {
     "skin, classes": ("balanced accuracy", "tail recall", "worst group gap", "CAM IoU", "CorLoc"),
     "skin, masks": ("IoU", "IoU, ring", "IoU, dark skin", "worst group gap"),
 }
-# In the full table alone.
-_VARIANTS = (
-    "by rank",
-    "not guarded",
-    "within classes",
-    "by the probe",
-    "pruned margin",
-    "labelled",
-    "gradually",
+# Of the short table: what is seen of each set, and the recipes.
+_HEADLINES = {
+    "digits": ("balanced accuracy", "on its side"),
+    "chest film": ("mAP", "another look"),
+    "skin, classes": ("balanced accuracy", "ring"),
+    "skin, masks": ("IoU", "IoU, ring"),
+}
+_SHORT = (
+    "plain",
+    "LDAM-DRW",
+    "logit adjustment",
+    "attention, random",
+    "attention, dense loss",
+    "attention, pruned loss",
+    "attention, pruned loss, weights by rank",
+    "groups known, oversampled",
+    "consistency",
+    "SimCLR, then logit adjustment",
+    "SDCLR, then logit adjustment",
 )
+_ADJUSTED = "logit adjustment + "
 _LEAST = 0.05  # of p, below which a difference counts as seen
+_NOTE = (
+    "Means over the seeds; in brackets the difference to plain training, seed by seed, with ° where a "
+    f"paired t-test gives p < {_LEAST:g} (not corrected for the number of recipes)."
+)
 
 
-def learning_table(rows: list[dict[str, Any]], *, brief: bool = False) -> str:
-    """For each set one line a recipe: means, and in brackets the difference to plain training.
+def headline_table(rows: list[dict[str, Any]]) -> str:
+    """One line a recipe, one column a set: a figure of everything and one of a rare group.
 
-    Args:
-        rows: of the results file.
-        brief: leave out the variants.
+    Attention and consistency are shown on top of logit adjustment where there are classes.
     """
+    found = {(row["data"], row["recipe"]): row for row in rows}
+    names = [f"{name}: {whole} / {group}" for name, (whole, group) in _HEADLINES.items()]
+    lines = [f"| recipe | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for recipe in _SHORT:
+        cells = []
+        for name, figures in _HEADLINES.items():
+            row = found.get((name, _ADJUSTED + recipe))
+            row = found.get((name, recipe)) if row is None else row
+            cells.append("" if row is None else " / ".join(_cell(row, f) for f in figures))
+        lines.append(f"| {recipe} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _NOTE])
+
+
+def learning_table(rows: list[dict[str, Any]]) -> str:
+    """For each set one line a recipe: means, and in brackets the difference to plain training."""
     parts = []
     for name, shown in _SHOWN.items():
         of_set = [row for row in rows if row["data"] == name]
-        of_set = [row for row in of_set if not (brief and _is_variant(row["recipe"]))]
         if not of_set:
             continue
         seeds = of_set[0]["figures"][shown[0]]["seeds"]
@@ -51,11 +78,7 @@ def learning_table(rows: list[dict[str, Any]], *, brief: bool = False) -> str:
             title = row["recipe"] if row["family"] == "fastpie" else f"*{row['recipe']}*"
             parts.append(f"| {title} | {' | '.join(cells)} |")
         parts.append("")
-    parts.append(
-        "Means over the seeds; in brackets the difference to plain training, seed by seed, with ° where a "
-        f"paired t-test gives p < {_LEAST:g} (not corrected for the number of recipes). In italics: not ours "
-        "(baselines and controls)."
-    )
+    parts.append(f"{_NOTE} In italics: not ours (baselines and controls).")
     return "\n".join(parts)
 
 
@@ -77,10 +100,6 @@ def control_table(rows: list[dict[str, Any]]) -> str:
                 f"| {d['mean']:+.3f} ({d['low']:+.3f} to {d['high']:+.3f}) | {p} |"
             )
     return "\n".join(lines)
-
-
-def _is_variant(recipe: str) -> bool:
-    return any(text in recipe for text in _VARIANTS)
 
 
 def _cell(row: dict[str, Any], figure: str) -> str:
