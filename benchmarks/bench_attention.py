@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import interleave, merge_results
 from fastpie.dual import DualModel
 from fastpie.mining.follower import Follower
-from fastpie.training.attention import Attention
+from fastpie.training.attention.attention import Attention
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import fastpie
 from benchmarks import harness, networks
-from fastpie.training.masked import MaskedTraining
+from fastpie.training.masking.masked import MaskedTraining
 
 LAYERS = [  # in and out channels, kernel, pixels a side, batch: layers of a ResNet
     (64, 64, 3, 28, 8),

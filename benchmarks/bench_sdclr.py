@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from benchmarks.harness import interleave, row, write_results
 from benchmarks.published_sdclr import published_network, published_step
-from fastpie.training.objective import TrainBatch
-from fastpie.training.sdclr import SDCLR
+from fastpie.training.objectives.objective import TrainBatch
+from fastpie.training.objectives.sdclr import SDCLR
 
 TEMPERATURE = 0.2
 PUBLISHED = "published step, eager"

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 import fastpie
 from benchmarks import harness
-from fastpie.training.draws import BLOCK, WeightedDraws
+from fastpie.training.sampling.draws import BLOCK, WeightedDraws
 
 FRACTION = 0.05
 OURS = "fastpie select"

@@ -136,7 +136,7 @@ def test_what_cannot_be_built_is_named(
     ],
 )
 def test_other_recipes_train(cli: Call, project: Path, tmp_path: Path, recipe: str) -> None:
-    from fastpie.training.config_file import parse_overrides
+    from fastpie.training.config.file import parse_overrides
 
     fields = parse_overrides([f"x={recipe}"])["x"]
     sets = [part for k, v in fields.items() for part in ("--set", f"{k}={json.dumps(v)}")]

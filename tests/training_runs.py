@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from fastpie.training.objective import Supervised
-from fastpie.training.trainer import Trainer
+from fastpie.training.objectives.objective import Supervised
+from fastpie.training.trainer.trainer import Trainer
 
 SAMPLES = 61
 
@@ -155,7 +155,7 @@ def start(target: Callable[..., None], *arguments: Any) -> Any:
     """A process forked from a server that has imported all of this already."""
     context = multiprocessing.get_context("forkserver")
     # The first step of an optimizer imports torch._dynamo, which takes seconds.
-    context.set_forkserver_preload(["fastpie.training.trainer", "torch._dynamo"])
+    context.set_forkserver_preload(["fastpie.training.trainer.trainer", "torch._dynamo"])
     process = context.Process(target=_alone, args=(target, arguments))
     process.start()
     return process

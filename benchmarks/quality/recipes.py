@@ -17,19 +17,19 @@ from benchmarks.quality.networks import UNet, build
 from benchmarks.quality.samples import train_of
 from fastpie.scores.cam import CamLayers
 from fastpie.scores.cam_disagreement import CamDisagreement
-from fastpie.training.attention import Attention
-from fastpie.training.care import CARE
-from fastpie.training.consistency import Consistency
-from fastpie.training.criteria import class_counts, criterion
-from fastpie.training.masked import MaskedTraining
-from fastpie.training.masking_schedules import GradualPruning
-from fastpie.training.objective import Objective, Supervised
-from fastpie.training.sdclr import SDCLR
-from fastpie.training.semi_supervised import MeanTeacher
-from fastpie.training.trainer import Trainer
-from fastpie.training.two_stage import HeadRetraining, MetricLearning
-from fastpie.training.views import TwoViews
-from fastpie.training.weakly_supervised import WeaklySupervised
+from fastpie.training.attention.attention import Attention
+from fastpie.training.criteria.criterion import class_counts, criterion
+from fastpie.training.masking.masked import MaskedTraining
+from fastpie.training.masking.schedules import GradualPruning
+from fastpie.training.objectives.care import CARE
+from fastpie.training.objectives.consistency import Consistency
+from fastpie.training.objectives.objective import Objective, Supervised
+from fastpie.training.objectives.sdclr import SDCLR
+from fastpie.training.objectives.semi_supervised import MeanTeacher
+from fastpie.training.objectives.two_stage import HeadRetraining, MetricLearning
+from fastpie.training.objectives.views import TwoViews
+from fastpie.training.objectives.weakly_supervised import WeaklySupervised
+from fastpie.training.trainer.trainer import Trainer
 
 __all__ = ["RECIPES", "Recipe", "Setting", "setting_of", "train"]
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from fastpie import FastpieError
-from fastpie.training.epoch_sampler import EpochSampler
+from fastpie.training.sampling.epoch_sampler import EpochSampler
 from training_runs import SAMPLES, MovingAttention, Points, check_same, network
 
 with warnings.catch_warnings():

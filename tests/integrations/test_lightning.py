@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from fastpie.training.epoch_sampler import EpochSampler
+from fastpie.training.sampling.epoch_sampler import EpochSampler
 from training_runs import SAMPLES, MovingAttention, Points, check_same, network
 
 L = pytest.importorskip("lightning.pytorch")

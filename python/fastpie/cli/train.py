@@ -12,7 +12,7 @@ from fastpie.cli.processes import torchrun
 from fastpie.errors import FastpieError
 
 if TYPE_CHECKING:
-    from fastpie.training.stages import TrainOutcome
+    from fastpie.training.config.stages import TrainOutcome
 
 __all__ = ["train"]
 
@@ -36,9 +36,9 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train as a YAML file says, also on what is mined as the training goes on."""
-    from fastpie.training.config_file import config_data, config_text, parse_overrides, read_config
-    from fastpie.training.configured import ConfiguredTraining
-    from fastpie.training.stages import train_configured
+    from fastpie.training.config.configured import ConfiguredTraining
+    from fastpie.training.config.file import config_data, config_text, parse_overrides, read_config
+    from fastpie.training.config.stages import train_configured
 
     try:
         overrides = parse_overrides(set_ or [])

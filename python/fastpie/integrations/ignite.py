@@ -20,9 +20,9 @@ with warnings.catch_warnings():
     from ignite.engine import Engine, Events
 
 if TYPE_CHECKING:
-    from fastpie.training.attention import Attention
-    from fastpie.training.epoch_sampler import EpochSampler
-    from fastpie.training.masked import MaskedTraining
+    from fastpie.training.attention.attention import Attention
+    from fastpie.training.masking.masked import MaskedTraining
+    from fastpie.training.sampling.epoch_sampler import EpochSampler
 
 __all__ = ["AttentionHandler", "MaskedTrainingHandler"]
 

@@ -11,8 +11,8 @@ load_extra("lightning.pytorch", "lightning", "fastpie.integrations.lightning")
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 if TYPE_CHECKING:
-    from fastpie.training.attention import Attention
-    from fastpie.training.masked import MaskedTraining
+    from fastpie.training.attention.attention import Attention
+    from fastpie.training.masking.masked import MaskedTraining
 
 __all__ = ["AttentionCallback", "MaskedTrainingCallback"]
 

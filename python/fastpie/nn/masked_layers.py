@@ -100,7 +100,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
     the weight's shape, True = kept, all True by default. It may be changed at any time, in place or by
     assignment. The weight keeps its values at masked places: they take no part in the output and
     their gradient is zero (an optimizer's weight decay or momentum can still move them;
-    `fastpie.training.masked.MaskedTraining` keeps them at zero).
+    `fastpie.training.masking.masked.MaskedTraining` keeps them at zero).
 
     The mask is part of the `state_dict`. A dense layer's checkpoint has none: load it with
     ``strict=False``, which leaves the mask as it is (or make the layer with `from_dense`).

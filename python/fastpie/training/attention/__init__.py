@@ -1,0 +1,1 @@
+"""Which training samples are hard to learn, mined as training goes on."""

@@ -1,0 +1,1 @@
+"""Criteria: losses of each sample, from logits and labels."""

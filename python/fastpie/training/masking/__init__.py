@@ -1,0 +1,1 @@
+"""Masks that stay in force while the weights are trained."""

@@ -1,0 +1,1 @@
+"""Which samples an epoch draws, and in what order."""

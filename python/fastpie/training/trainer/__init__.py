@@ -1,0 +1,1 @@
+"""The loop: steps, processes, checkpoints, evaluation, log."""
