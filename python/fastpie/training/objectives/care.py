@@ -45,11 +45,12 @@ class CARE(Supervised):
 
     Try `by_area` with `second_order`, `reduction="mean"` and an alpha of about .5 as well: with the
     default the sum outside of the box is nearly all of the attention. A test trains that form until
-    more of the map lies in the box (tests/training/objectives/test_care.py); which form makes better models is not
-    measured.
+    more of the map lies in the box (tests/training/objectives/test_care.py). On generated images that form moves
+    the maps onto the lesions at the same accuracy, and the default ruins it (docs/design/training.md).
 
     The network is as before: what is registered for a forward is removed after it. Do not compile it:
-    a compiled one does not show its layers. It may be of 2D or 3D images, multiclass (labels [n]) or multilabel ([n, C]: the positive rare classes together).
+    a compiled one does not show its layers. It may be of 2D or 3D images, multiclass (labels [n]) or
+    multilabel ([n, C]: the positive rare classes together).
     Boxes are `batch.extra["box"]` [n, 4] in pixels x0, y0, x1, y1 (volumes [n, 6], NaN: none), else the
     region is `batch.extra["mask"]`, [n, ...] or [n, 1, ...] of the input's size, nonzero in the lesion.
     """
