@@ -21,7 +21,7 @@ from benchmarks import harness
 from benchmarks.quality.imbalance import SETS, Imbalanced, make
 from benchmarks.quality.metrics import interval, paired
 from benchmarks.quality.outcomes import outcome
-from benchmarks.quality.recipes import RECIPES, Recipe, setting_of, train
+from benchmarks.quality.recipes import ADJUSTED, RECIPES, Recipe, setting_of, train
 
 __all__ = ["main", "recipes_of", "rows"]
 
@@ -62,7 +62,7 @@ def recipes_of(data: Imbalanced) -> list[Recipe]:
 
 
 def rows(found: dict[str, Outcomes]) -> list[dict[str, Any]]:
-    """One row a set and recipe: its figures, what they are against plain training and its control."""
+    """One row a set and recipe: its figures, against plain training, its control and logit adjustment."""
     by_name = {recipe.name: recipe for recipe in RECIPES}  # the same name for another task: one row
     return [
         {
@@ -71,6 +71,7 @@ def rows(found: dict[str, Outcomes]) -> list[dict[str, Any]]:
             "figures": {k: interval(v) for k, v in outcomes[recipe.name].items()},
             "over_plain": _over(outcomes, recipe.name, "plain"),
             "over_control": _over(outcomes, recipe.name, recipe.control),
+            "over_adjusted": _over(outcomes, recipe.name, ADJUSTED),
         }
         for name, outcomes in found.items()
         for recipe in by_name.values()

@@ -31,7 +31,7 @@ from fastpie.training.objectives.views import TwoViews
 from fastpie.training.objectives.weakly_supervised import WeaklySupervised
 from fastpie.training.trainer.trainer import Trainer
 
-__all__ = ["RECIPES", "Recipe", "Setting", "setting_of", "train"]
+__all__ = ["ADJUSTED", "RECIPES", "Recipe", "Setting", "setting_of", "train"]
 
 LEARNING_RATE = 0.003
 WEIGHT_DECAY = 0.02
@@ -40,6 +40,7 @@ STRENGTH = 8.0  # they are drawn so many times more often, beside once
 LABELLED = 0.2  # of the samples, where labels are few
 MAPS = CamLayers("stages", "head")  # of the benchmark's classifiers
 CLASSIFICATION = ("multiclass", "multilabel")
+ADJUSTED = "logit adjustment"
 
 
 @dataclass(frozen=True)
@@ -323,7 +324,7 @@ _MULTICLASS, _MULTILABEL, _SEGMENTATION = ("multiclass",), ("multilabel",), ("se
 
 
 def _recipes() -> tuple[Recipe, ...]:
-    everywhere, adjusted = (*CLASSIFICATION, "segmentation"), "logit adjustment"
+    everywhere, adjusted = (*CLASSIFICATION, "segmentation"), ADJUSTED
     known, dense = "groups known, oversampled", "attention, dense loss"
     few, teacher = f"{LABELLED:.0%} labelled: {adjusted}", f"{LABELLED:.0%} labelled: mean teacher"
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Subset
 
+from fastpie.training.attention import attention
 from fastpie.training.objectives.objective import Supervised
 from fastpie.training.trainer.trainer import Trainer
 from training_runs import check_same, state_of
 
-attention = pytest.importorskip("fastpie.training.attention.attention")
 COUNT = 60
 
 
